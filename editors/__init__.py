@@ -1,0 +1,1 @@
+"""Methods that turn a request into a patch."""

@@ -1,0 +1,7 @@
+"""Commands that need an editing method."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer()

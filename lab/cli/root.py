@@ -1,0 +1,97 @@
+"""The root of ``knowlab``: finds the commands, runs one, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+import typer
+
+from lab.errors import ConfigError, KnowLabError
+
+COMMAND_GROUP = "knowlab.commands"
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+_HELP = """A laboratory for changing and questioning what a language model knows.
+
+Errors are one line; KNOWLAB_DEBUG=1 shows the traceback behind them."""
+
+
+def build_app() -> typer.Typer:
+    """The whole command tree: built-in commands first, then every app of the entry-point group."""
+    app = typer.Typer(
+        name="knowlab", help=_HELP, no_args_is_help=True, add_completion=True, rich_markup_mode="markdown"
+    )
+
+    @app.callback()
+    def root(
+        version: bool = typer.Option(
+            False, "--version", help="Print the version and stop.", is_eager=True, callback=_print_version
+        ),
+    ) -> None:
+        pass
+
+    for point in sorted(entry_points(group=COMMAND_GROUP), key=lambda point: point.name):
+        try:
+            app.add_typer(point.load())
+        except Exception as error:  # a broken package of somebody else must not take the others down
+            if os.environ.get("KNOWLAB_DEBUG"):
+                raise
+            typer.secho(f"warning: commands of {point.name!r} ({point.value}) do not load: {error}", err=True)
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("knowlab"))
+        raise typer.Exit
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code.
+
+    Args:
+        arguments: Words after ``knowlab``; the process' own when omitted.
+
+    Returns:
+        0, or 1 (the work failed), 2 (the command line or a name in it is wrong), 130 (interrupted), or what the
+        command chose.
+    """
+    command = typer.main.get_command(build_app())
+    try:
+        command(args=None if arguments is None else list(arguments), prog_name="knowlab")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else EXIT_ERROR
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if os.environ.get("KNOWLAB_DEBUG"):
+            raise
+        typer.echo(f"error: {describe(error)}", err=True)
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
+    return 0
+
+
+def describe(error: Exception) -> str:
+    """One line for an error: the message itself for our own errors, with its kind for all others."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the disk while writing {error.filename or 'a file'}; nothing was kept"
+    text = " ".join(str(error).split())
+    if isinstance(error, KnowLabError):
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {text} (KNOWLAB_DEBUG=1 shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(run())
