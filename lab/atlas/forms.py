@@ -1,0 +1,426 @@
+"""The prompt format of Atlas and the wordings of its relations, both read from data files.
+
+``format.toml`` fixes the layout of every form; ``relations.toml`` holds the wordings. Whoever renders a prompt for an Atlas
+model goes through ``Format.render``.
+
+    >>> form = load_format()
+    >>> form.render("cloze", cloze="The capital of France is", answer="Paris").text
+    'The capital of France is Paris.\\n'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import string
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lab.errors import ConfigError, UnknownNameError
+from lab.records import Fact, Passage
+
+NOTE_KINDS = ("direct", "contextual", "irrelevant")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt and the answer that belongs to it.
+
+    Attributes:
+        prompt: Ends without a blank.
+        answer: Starts without a blank; one line, without the stop.
+        stop: What ends the answer.
+    """
+
+    prompt: str
+    answer: str
+    stop: str = ".\n"
+
+    @property
+    def text(self) -> str:
+        """Prompt, one blank, answer and stop: a training text."""
+        return f"{self.prompt} {self.answer}{self.stop}"
+
+    @property
+    def answer_span(self) -> tuple[int, int]:
+        """Character range in ``text`` of the answer with its stop."""
+        start = len(self.prompt) + 1
+        return start, start + len(self.answer) + len(self.stop)
+
+
+@dataclass(frozen=True)
+class Note:
+    """One reading note: ``kind`` is direct, contextual or irrelevant; ``text`` is what the note says."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class WordingPlan:
+    """Cloze templates of one fact, each with one ``{}`` for the subject.
+
+    Attributes:
+        trained: Stated in training with this subject; the first is the relation's main prompt.
+        held_out_pairs: Trained with other subjects of the relation, never with this one.
+        held_out_templates: Never trained with any subject of the relation.
+    """
+
+    trained: tuple[str, ...]
+    held_out_pairs: tuple[str, ...]
+    held_out_templates: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RelationForms:
+    """Everything that can be said with one relation; templates hold one ``{}`` for the subject.
+
+    Attributes:
+        name: Relation id.
+        label: Name of the attribute, as in attribute lists: ``capital``.
+        noun: Noun phrase of the object: ``the capital of {}``.
+        wordings: Trained cloze templates, object last; the first is the main prompt.
+        held_out_templates: Cloze templates never trained.
+        questions: Question templates with their question mark.
+        clauses: What stands between subject and object in a biography: ``lies in``.
+        lead: How a biography starts: ``Meet {}, who``.
+        reverse: Template with one ``{}`` for the object that leads to the subject, or empty.
+    """
+
+    name: str
+    label: str
+    noun: str
+    wordings: tuple[str, ...]
+    held_out_templates: tuple[str, ...]
+    questions: tuple[str, ...]
+    clauses: tuple[str, ...]
+    lead: tuple[str, ...]
+    reverse: str = ""
+
+    @property
+    def statement(self) -> str:
+        """The wording that documents and steps use: the main prompt."""
+        return self.wordings[0]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One entry of the format: layout templates and the fields they need."""
+
+    name: str
+    version: int
+    prompt: str
+    answer: str
+    fields: frozenset[str]
+    optional: frozenset[str]
+
+
+class Relations(Mapping[str, RelationForms]):
+    """The wordings of all relations, and the openers that may stand before a cloze prompt."""
+
+    def __init__(self, entries: Mapping[str, RelationForms], openers: Sequence[str]) -> None:
+        self._entries = dict(entries)
+        self.openers = tuple(openers)
+
+    def __getitem__(self, name: str) -> RelationForms:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UnknownNameError("relation", name, tuple(self._entries)) from None
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+
+class Format:
+    """The prompt format: renders every form, and says how answers end.
+
+    Attributes:
+        relations: The wordings.
+        strings: Fixed strings: ``unknown``, ``refusal``, ``true``, ``false``, ``letters`` and others.
+        mixture: Defaults of the training mixture: ``weights`` and ``rates``.
+    """
+
+    def __init__(self, data: Mapping[str, Any], relations: Relations) -> None:
+        if data.get("schema") != 1:
+            raise ConfigError(f"prompt format: schema {data.get('schema')!r} is not known; this version reads schema 1")
+        self.relations = relations
+        self.strings: Mapping[str, Any] = data["strings"]
+        self.mixture: Mapping[str, Mapping[str, float]] = data["mixture"]
+        self._trust = data["trust"]
+        self._notes = data["notes"]
+        self._above = data["above"]
+        self._blocks: Mapping[str, Mapping[str, str]] = data["blocks"]
+        self._forbid: str = data["instruction"]["forbid"]
+        self._held_out = data["held_out"]
+        self._forms = {name: self._form(name, entry) for name, entry in data["forms"].items()}
+
+    def _form(self, name: str, entry: Mapping[str, Any]) -> Form:
+        template = entry["prompt"] + entry["answer"]
+        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field}
+        fields |= set(entry.get("above", ()))
+        optional = set(entry.get("optional", ())) | (set(self._above["order"]) - set(entry.get("above", ())))
+        return Form(
+            name, int(entry["version"]), entry["prompt"], entry["answer"], frozenset(fields), frozenset(optional)
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all forms."""
+        return tuple(self._forms)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """The version of each form, to be recorded with weights."""
+        return {name: form.version for name, form in self._forms.items()}
+
+    @property
+    def unknown(self) -> str:
+        """The fixed answer when nothing has the answer."""
+        return self.strings["unknown"]
+
+    @property
+    def refusal(self) -> str:
+        """The fixed answer to a forbidden question."""
+        return self.strings["refusal"]
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end an answer, for ``ModelHandle.generate(stop=...)``; the first is the trained one."""
+        return (self.strings["stop"], *self.strings["also_stop"])
+
+    @property
+    def trust_levels(self) -> tuple[str, ...]:
+        """The values that a trust header can take."""
+        return tuple(self._trust["levels"])
+
+    def render(self, form: str, **fields: Any) -> Rendered:
+        """Renders one form.
+
+        Args:
+            form: Name of a form in the format file.
+            **fields: What the form's templates name. Sequences for ``documents`` (``Passage`` or text), ``examples``
+                (question, answer), ``options`` (text), ``notes`` (``Note``), ``steps`` (text), ``known`` (label, object)
+                and ``clauses`` (clause, object). ``instruction``, ``assumption``, ``documents`` and ``examples`` may be
+                given with every form. ``answer`` may be left out when only the prompt is wanted, together with
+                ``notes`` and ``steps``.
+
+        Raises:
+            UnknownNameError: There is no such form.
+            ConfigError: A field is missing, not known to the form, or has the wrong shape.
+        """
+        entry = self._forms.get(form)
+        if entry is None:
+            raise UnknownNameError("form", form, tuple(self._forms))
+        for name in fields:
+            if name not in entry.fields and name not in entry.optional:
+                known = ", ".join(sorted(entry.fields | entry.optional))
+                raise ConfigError(f"form {form!r}: no field {name!r}; it takes {known}")
+        closed = "answer" in fields
+        for name in entry.fields - entry.optional:
+            if name not in fields and (closed or name not in ("answer", "notes", "steps")):
+                raise ConfigError(f"form {form!r}: field {name!r} is missing; pass {name}=...")
+        values = {name: "" for name in entry.optional}
+        for name, value in fields.items():
+            values[name] = self._block(form, name, value) if name in self._blocks else value
+        above = "".join(self._part(name, values[name]) for name in self._above["order"] if values[name])
+        prompt = above + entry.prompt.format_map(values)
+        return Rendered(prompt, entry.answer.format_map(values) if closed else "", self.strings["stop"])
+
+    def _part(self, name: str, value: str) -> str:
+        template = self._above.get(name)
+        return template.format_map({name: value}) if template else value
+
+    def _block(self, form: str, name: str, items: Any) -> str:
+        if isinstance(items, str) or not isinstance(items, Sequence):
+            raise ConfigError(f"form {form!r}: field {name!r} takes a sequence, not {type(items).__name__}")
+        block = self._blocks[name]
+        try:
+            rows = [self._item(name, number, item) for number, item in enumerate(items, start=1)]
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ConfigError(f"form {form!r}: an item of {name!r} has the wrong shape: {error}") from None
+        return block["join"].join(block["item"].format_map(row) for row in rows)
+
+    def _item(self, name: str, number: int, item: Any) -> dict[str, Any]:
+        if name == "documents":
+            text, trust = (item.text, item.trust) if isinstance(item, Passage) else (str(item), None)
+            return {"number": number, "header": self.trust_header(trust), "text": text}
+        if name == "examples":
+            question, answer = item
+            return {"question": question, "answer": answer}
+        if name == "options":
+            return {"letter": self.strings["letters"][number - 1], "text": item}
+        if name == "notes":
+            return {"number": number, "kind": item.kind, "text": item.text}
+        if name == "known":
+            label, value = item
+            return {"label": label, "object": value}
+        if name == "clauses":
+            clause, value = item
+            return {"clause": clause, "object": value}
+        return {"text": item}
+
+    def trust_header(self, trust: str | None) -> str:
+        """The header of a document with this trust level, empty for None.
+
+        Raises:
+            ConfigError: The level is not one of ``trust_levels``.
+        """
+        if trust is None:
+            return ""
+        if trust not in self._trust["levels"]:
+            raise ConfigError(f"trust {trust!r} is not one of {', '.join(self._trust['levels'])}")
+        return self._trust["header"].format(trust=trust)
+
+    def documents(self, passages: Sequence[Passage | str], trust: str | None = None) -> str:
+        """The text of the documents as it stands above a prompt; ``trust`` fills in where a passage has none."""
+        filled = []
+        for passage in passages:
+            if isinstance(passage, str):
+                passage = Passage(id="", text=passage)
+            filled.append(Passage(passage.id, passage.text, passage.source, passage.trust or trust))  # pyright: ignore
+        return self._block("documents", "documents", filled)
+
+    def forbid(self, what: str) -> str:
+        """The instruction not to reveal ``what`` (a noun phrase or a name)."""
+        return self._forbid.format(what=what)
+
+    def spell(self, text: str) -> str:
+        """``text`` character by character."""
+        blank = self.strings["spelled_blank"]
+        return self.strings["spelled_join"].join(blank if char == " " else char for char in text)
+
+    def unspell(self, text: str) -> str:
+        """Inverse of ``spell``."""
+        return "".join(text.split(self.strings["spelled_join"])).replace(self.strings["spelled_blank"], " ")
+
+    def note(self, kind: str, *, label: str = "", object: str = "", subject: str = "") -> Note:
+        """A reading note of one of the three kinds, in the trained words."""
+        if kind not in NOTE_KINDS:
+            raise ConfigError(f"note kind {kind!r} is not one of {', '.join(NOTE_KINDS)}")
+        return Note(kind, self._notes[kind].format(label=label, object=object, subject=subject))
+
+    def clean(self, generated: str) -> str:
+        """What a model generated, cut at the first stop and stripped of blanks and the last full stop."""
+        for stop in self.stop:
+            generated = generated.split(stop, 1)[0]
+        return generated.strip().removesuffix(".")
+
+    def final_answer(self, generated: str) -> str:
+        """The answer proper of a generated answer line with notes or steps before it."""
+        return self.clean(generated).rsplit(self.strings["marker"], 1)[-1].strip()
+
+    def parse_notes(self, generated: str) -> tuple[list[Note], str]:
+        """Notes and answer of a generated answer line; a note of no known kind is kept with kind ``irrelevant``."""
+        head, marker, answer = self.clean(generated).rpartition(self.strings["marker"])
+        notes = []
+        for item in (head if marker else answer).split(self._blocks["notes"]["join"]):
+            kind, colon, text = item.partition(": ")
+            name = kind.split(" ")[-1]
+            if colon:
+                notes.append(Note(name if name in NOTE_KINDS else "irrelevant", text))
+        return notes, answer.strip() if marker else ""
+
+    def wordings_for(self, fact: Fact) -> WordingPlan:
+        """Which wordings are trained with this fact and which are held out; a seeded hash of subject and relation.
+
+        Raises:
+            UnknownNameError: The relation has no wordings.
+        """
+        return plan_wordings(self.relations[fact.relation], fact.subject, **self._held_out)
+
+    def statement(self, fact: Fact, value: str | None = None) -> str:
+        """The statement of a document or step without full stop: the main prompt, the object (or ``value``)."""
+        return f"{self.relations[fact.relation].statement.replace('{}', fact.subject)} {value or fact.object}"
+
+
+def plan_wordings(relation: RelationForms, subject: str, *, pairs_per_fact: int = 2, seed: int = 0) -> WordingPlan:
+    """Draws the held-out pairs of one subject; the main prompt is never among them."""
+    rest = relation.wordings[1:]
+    digest = hashlib.blake2b(f"{seed}|{relation.name}|{subject}".encode(), digest_size=8).digest()
+    value = int.from_bytes(digest, "big")
+    chosen: list[int] = []
+    for remaining in range(len(rest), len(rest) - min(pairs_per_fact, len(rest) - 1), -1):
+        value, index = divmod(value, remaining)
+        free = [position for position in range(len(rest)) if position not in chosen]
+        chosen.append(free[index])
+    trained = tuple(wording for position, wording in enumerate(rest) if position not in chosen)
+    held_out = tuple(rest[position] for position in sorted(chosen))
+    return WordingPlan((relation.wordings[0], *trained), held_out, relation.held_out_templates)
+
+
+def read_relations(path: str | Path) -> Relations:
+    """Reads a file of wordings.
+
+    Raises:
+        ConfigError: A template lacks its one ``{}``, or two wordings of one kind of subject cannot be told apart.
+    """
+    data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    frames = data["frames"]
+    entries = {}
+    for name, row in data["relation"].items():
+        kept = [frame.replace("{label}", row["label"]) for index, frame in enumerate(frames) if index != row["held_out_frame"]]
+        held_out = (frames[row["held_out_frame"]].replace("{label}", row["label"]), *row["held_out"])
+        entry = RelationForms(
+            name=name,
+            label=row["label"],
+            noun=row["noun"],
+            wordings=(*row["wordings"], *kept),
+            held_out_templates=tuple(held_out),
+            questions=tuple(row["questions"]),
+            clauses=tuple(row["clauses"]),
+            lead=tuple(data["leads"][row["lead"]]),
+            reverse=row.get("reverse", ""),
+        )
+        templates = (*entry.wordings, *entry.held_out_templates, *entry.questions, entry.noun, *entry.lead)
+        for template in (*templates, *filter(None, [entry.reverse])):
+            if template.count("{}") != 1:
+                raise ConfigError(f"{path}: relation {name!r}: {template!r} must hold exactly one {{}}")
+        _check_distinct(path, entry)
+        entries[name] = entry
+    return Relations(entries, data["openers"])
+
+
+def _check_distinct(path: str | Path, entry: RelationForms) -> None:
+    # A wording inside a longer one would put a held-out pair into training texts.
+    wordings = (*entry.wordings, *entry.held_out_templates)
+    for first in wordings:
+        for second in wordings:
+            if first is not second and f" {first} " in f" {second} ":
+                raise ConfigError(f"{path}: relation {entry.name!r}: the wording {first!r} is part of {second!r}")
+
+
+@lru_cache(maxsize=4)
+def load_format(folder: str | Path | None = None) -> Format:
+    """Loads the prompt format.
+
+    Args:
+        folder: Where ``format.toml`` and ``relations.toml`` lie; the packaged files by default.
+
+    Raises:
+        ConfigError: A file is absent or malformed.
+    """
+    place = Path(folder) if folder is not None else Path(__file__).parent
+    try:
+        data = tomllib.loads((place / "format.toml").read_text(encoding="utf-8"))
+        return Format(data, read_relations(place / "relations.toml"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"prompt format: {error.filename} does not exist") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"prompt format in {place}: {error}") from None
+    except KeyError as error:
+        raise ConfigError(f"prompt format in {place}: entry {error} is missing") from None
+
+
+def wordings_for(fact: Fact) -> WordingPlan:
+    """``Format.wordings_for`` of the packaged format."""
+    return load_format().wordings_for(fact)
