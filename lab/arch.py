@@ -61,9 +61,17 @@ class Architecture:
         return self.paths[role].format(layer)
 
 
-def _paths(blocks: str, *, attn: str, attn_out: str, mlp: str, mlp_in: str, mlp_out: str, embed: str, norm: str) -> Mapping[Role, str]:
+def _paths(
+    blocks: str, *, attn: str, attn_out: str, mlp: str, mlp_in: str, mlp_out: str, embed: str, norm: str
+) -> Mapping[Role, str]:
     block = blocks + ".{}"
-    inner = {Role.ATTN: attn, Role.ATTN_OUT: attn_out, Role.MLP: mlp, Role.MLP_IN: mlp_in, Role.MLP_OUT: mlp_out}
+    inner = {
+        Role.ATTN: attn,
+        Role.ATTN_OUT: attn_out,
+        Role.MLP: mlp,
+        Role.MLP_IN: mlp_in,
+        Role.MLP_OUT: mlp_out,
+    }
     table = {Role.EMBED: embed, Role.BLOCK: block, Role.FINAL_NORM: norm, Role.UNEMBED: "lm_head"}
     return MappingProxyType(table | {role: f"{block}.{path}" for role, path in inner.items()})
 
@@ -124,12 +132,20 @@ def architecture_for(config: Any) -> Architecture:
     """
     kind = getattr(config, "model_type", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{kind!r} is an encoder-decoder model; KnowLab edits causal language models only")
-    experts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+        raise UnsupportedModelError(
+            f"{kind!r} is an encoder-decoder model; KnowLab edits causal language models only"
+        )
+    experts = [
+        getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")
+    ]
     if any(experts):
-        raise UnsupportedModelError(f"{kind!r} fuses its experts into one parameter; there is no down projection to edit")
+        raise UnsupportedModelError(
+            f"{kind!r} fuses its experts into one parameter; there is no down projection to edit"
+        )
     for architecture in ARCHITECTURES:
         if kind in architecture.model_types:
             return architecture
     known = ", ".join(sorted(name for row in ARCHITECTURES for name in row.model_types))
-    raise UnsupportedModelError(f"no architecture row for model type {kind!r}; known: {known}. A row in lab/arch.py adds one")
+    raise UnsupportedModelError(
+        f"no architecture row for model type {kind!r}; known: {known}. A row in lab/arch.py adds one"
+    )

@@ -48,7 +48,11 @@ class UnknownNameError(ConfigError, LookupError):
         self.name = name
         choices = sorted(known)
         self.near = tuple(difflib.get_close_matches(name, choices, n=3, cutoff=0.5))
-        hint = f"did you mean {' or '.join(self.near)}?" if self.near else f"known: {', '.join(choices) or 'none'}"
+        hint = (
+            f"did you mean {' or '.join(self.near)}?"
+            if self.near
+            else f"known: {', '.join(choices) or 'none'}"
+        )
         super().__init__(f"unknown {kind} {name!r}; {hint}")
 
 

@@ -21,7 +21,9 @@ Trust = Literal["verified", "unverified", "superseded"]
 def check_template(prompt: str) -> None:
     """Raises ``RequestError`` unless ``prompt`` holds exactly one ``{}``."""
     if prompt.count("{}") != 1:
-        raise RequestError(f"the prompt {prompt!r} must hold exactly one {{}} where the subject goes, it holds {prompt.count('{}')}")
+        raise RequestError(
+            f"the prompt {prompt!r} must hold exactly one {{}} where the subject goes, it holds {prompt.count('{}')}"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,20 @@ class Fact:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSONL row; empty optional fields are left out."""
-        row: dict[str, Any] = {"id": self.id, "subject": self.subject, "relation": self.relation, "object": self.object}
+        row: dict[str, Any] = {
+            "id": self.id,
+            "subject": self.subject,
+            "relation": self.relation,
+            "object": self.object,
+        }
         row |= {"aliases": list(self.aliases), "prompt": self.prompt}
         row |= {key: value for key, value in (("split", self.split), ("group", self.group)) if value}
         return row
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any], file: str | Path | None = None, line: int | None = None) -> Fact:
+    def from_json(
+        cls, row: Mapping[str, Any], file: str | Path | None = None, line: int | None = None
+    ) -> Fact:
         """Parses one row.
 
         Raises:
@@ -77,7 +86,9 @@ class Fact:
             raise DataError(f"a fact must be a JSON object, this is {type(row).__name__}", file, line)
         known = {"subject", "relation", "object", "prompt", "aliases", "id", "split", "group"}
         if unknown := sorted(set(row) - known):
-            raise DataError(f"unknown field {unknown[0]!r}; a fact has {', '.join(sorted(known))}", file, line)
+            raise DataError(
+                f"unknown field {unknown[0]!r}; a fact has {', '.join(sorted(known))}", file, line
+            )
         for key in ("subject", "object"):
             if not isinstance(row.get(key), str) or not row[key].strip():
                 raise DataError(f"field {key!r} must be a non-empty string", file, line)
@@ -127,7 +138,9 @@ def read_facts(path: str | Path) -> list[Fact]:
 
 def write_facts(path: str | Path, facts: Iterable[Fact]) -> None:
     """Writes facts as JSONL; the old file stays until the new one is complete."""
-    write_text_atomically(path, "".join(json.dumps(fact.to_json(), ensure_ascii=False) + "\n" for fact in facts))
+    write_text_atomically(
+        path, "".join(json.dumps(fact.to_json(), ensure_ascii=False) + "\n" for fact in facts)
+    )
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
@@ -190,7 +203,9 @@ class EditRequest:
         return cls(fact.id or fact.text, fact.prompt, fact.subject, target_new, fact.object)
 
     @classmethod
-    def from_text(cls, id: str, text: str, subject: str, target_new: str, target_old: str | None = None) -> EditRequest:
+    def from_text(
+        cls, id: str, text: str, subject: str, target_new: str, target_old: str | None = None
+    ) -> EditRequest:
         """A request from a filled prompt; the last occurrence of ``subject`` becomes the ``{}``.
 
         Raises:
@@ -198,7 +213,9 @@ class EditRequest:
         """
         start = text.rfind(subject) if subject else -1
         if start < 0:
-            raise SubjectNotFoundError(f"request {id!r}: the subject {subject!r} does not occur in the prompt {text!r}")
+            raise SubjectNotFoundError(
+                f"request {id!r}: the subject {subject!r} does not occur in the prompt {text!r}"
+            )
         if "{}" in text:
             raise RequestError(f"request {id!r}: the filled prompt {text!r} must not hold {{}}")
         return cls(id, text[:start] + "{}" + text[start + len(subject) :], subject, target_new, target_old)

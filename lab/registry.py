@@ -69,5 +69,7 @@ class Registry(Generic[T]):
             for part in attribute.split("."):
                 value = getattr(value, part)
         except AttributeError as error:
-            raise ConfigError(f"{self.kind} {name!r} is registered as {everything[name]!r}, which does not exist") from error
+            raise ConfigError(
+                f"{self.kind} {name!r} is registered as {everything[name]!r}, which does not exist"
+            ) from error
         return cast(T, value)

@@ -1,0 +1,155 @@
+"""Saving and loading weight patches: ``patch.safetensors`` for the factors, ``patch.json`` for everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lab.errors import OutputExistsError, PatchError, PatchFormatError
+from lab.patch import Delta, Dense, LowRank, Provenance, WeightPatch
+
+FORMAT = "knowlab-patch"
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "patch.safetensors"
+CARD_FILE = "patch.json"
+
+
+def write_folder(folder: str | Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> Path:
+    """Makes a folder in one step: ``fill`` writes into a temporary one beside it, which then takes its name.
+
+    A failure (a full disk, an interrupt) leaves whatever was there before and nothing half-written.
+
+    Raises:
+        OutputExistsError: The folder holds something already and ``overwrite`` is off.
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise OutputExistsError(f"{target} is a file, not a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise OutputExistsError(f"{target} is not empty; choose another folder or overwrite it on purpose")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    old: Path | None = None
+    try:
+        fill(fresh)
+        umask = os.umask(0)
+        os.umask(umask)
+        fresh.chmod(0o777 & ~umask)
+        if target.is_dir():
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+            os.replace(target, old / "folder")
+        os.replace(fresh, target)
+    except BaseException:
+        if old is not None and not target.exists():
+            os.replace(old / "folder", target)
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def save_patch(patch: WeightPatch, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """See ``WeightPatch.save``."""
+    tensors = {
+        f"{name}/{part}": value
+        for name, delta in patch.deltas.items()
+        for part, value in delta.tensors().items()
+    }
+
+    def fill(fresh: Path) -> None:
+        save_file(tensors, fresh / WEIGHTS_FILE)
+        card = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "id": patch.id,
+            "base": patch.base,
+            "parents": list(patch.parents),
+            "rank": patch.rank,
+            "norms": patch.norms(),
+            "deltas": {
+                name: {"kind": _kind(delta), "shape": list(delta.shape)}
+                for name, delta in patch.deltas.items()
+            },
+            "provenance": patch.provenance.to_json(),
+            "sha256": hashlib.sha256((fresh / WEIGHTS_FILE).read_bytes()).hexdigest(),
+        }
+        (fresh / CARD_FILE).write_text(
+            json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+    return write_folder(folder, fill, overwrite=overwrite)
+
+
+def load_patch(folder: str | Path) -> WeightPatch:
+    """See ``WeightPatch.load``."""
+    place = Path(folder)
+    card = read_card(place)
+    weights = place / WEIGHTS_FILE
+    if not weights.is_file():
+        raise PatchFormatError(f"{place} holds no {WEIGHTS_FILE}")
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != card.get("sha256"):
+        raise PatchFormatError(f"{weights} does not match the checksum in {CARD_FILE}; the patch is damaged")
+    try:
+        tensors = load_file(weights)
+        deltas = {name: _delta(name, entry["kind"], tensors) for name, entry in card["deltas"].items()}
+        provenance = card["provenance"]
+        patch = WeightPatch(
+            base=card["base"],
+            deltas=deltas,
+            provenance=Provenance(**{**provenance, "requests": tuple(provenance.get("requests", ()))}),
+            parents=tuple(card["parents"]),
+        )
+    except (KeyError, TypeError, AttributeError, SafetensorError, PatchError) as error:
+        raise PatchFormatError(f"{place} is not a readable patch: {error}") from error
+    if patch.id != card.get("id"):
+        raise PatchFormatError(
+            f"{place}: base, parents or deltas were changed after saving (the id does not match)"
+        )
+    return patch
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The JSON card of a saved patch.
+
+    Raises:
+        PatchFormatError: There is none, it is no JSON, of another kind, or of a newer version.
+    """
+    file = Path(folder) / CARD_FILE
+    if not file.is_file():
+        raise PatchFormatError(f"{folder} holds no {CARD_FILE}; it is not a patch folder")
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PatchFormatError(f"{file} is not JSON: {error}") from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise PatchFormatError(f"{file} does not describe a weight patch")
+    if card.get("format_version") != FORMAT_VERSION:
+        raise PatchFormatError(
+            f"{file} has format version {card.get('format_version')}, this KnowLab reads {FORMAT_VERSION}"
+        )
+    return card
+
+
+def _kind(delta: Delta) -> str:
+    return "low_rank" if isinstance(delta, LowRank) else "dense"
+
+
+def _delta(name: str, kind: str, tensors: dict[str, Tensor]) -> Delta:
+    if kind == "low_rank":
+        return LowRank(tensors[f"{name}/left"], tensors[f"{name}/right"])
+    if kind == "dense":
+        return Dense(tensors[f"{name}/delta"])
+    raise PatchFormatError(f"unknown kind of delta {kind!r} for {name!r}")

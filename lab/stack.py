@@ -1,0 +1,219 @@
+"""What is applied to a model: one pristine copy of each touched tensor, and the patches that are replayed over it.
+
+Undo never subtracts: the pristine bits come back and the patches that remain are added again, so any order is exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lab.errors import BaseMismatchError, ConfigError, MissingParentsError, NumericalError, PatchError
+
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
+    from lab.patch import Delta, WeightPatch
+
+Mode = Literal["merge", "sidecar"]
+
+
+@dataclass(frozen=True)
+class UndoReport:
+    """What an undo left behind.
+
+    Attributes:
+        stale: Ids of patches still applied that were computed on top of the one that went.
+    """
+
+    stale: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Applied:
+    """A patch as it is applied to one handle.
+
+    Attributes:
+        patch: The patch.
+        mode: ``"merge"`` (added to the weight) or ``"sidecar"`` (added beside it in the forward pass).
+    """
+
+    patch: WeightPatch
+    mode: Mode
+    _stack: PatchStack = field(repr=False)
+    _hooks: list[Any] = field(default_factory=list, repr=False)
+
+    def undo(self) -> UndoReport:
+        """Takes this patch off; the others stay, whatever the order.
+
+        Raises:
+            PatchError: It is not applied any more.
+        """
+        return self._stack.undo(self)
+
+
+class PatchStack:
+    """The patches applied to one handle, oldest first."""
+
+    def __init__(self, handle: ModelHandle) -> None:
+        self._handle = handle
+        self._entries: list[Applied] = []
+        self._pristine: dict[str, Tensor] = {}
+        self._written: dict[str, str] = {}
+
+    @property
+    def entries(self) -> tuple[Applied, ...]:
+        """What is applied, oldest first."""
+        return tuple(self._entries)
+
+    @property
+    def state(self) -> str:
+        """Hash of base and patches in order; the bare fingerprint when nothing is applied."""
+        if not self._entries:
+            return self._handle.fingerprint
+        parts = [self._handle.fingerprint, *(f"{entry.patch.id}:{entry.mode}" for entry in self._entries)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def pristine(self, name: str, parameter: Tensor) -> Tensor:
+        """The unpatched bits of a parameter."""
+        return self._pristine.get(name, parameter.detach())
+
+    def apply(self, patch: WeightPatch, mode: Mode, allow_missing_parents: bool) -> Applied:
+        """Applies a patch; on any error the model is as before.
+
+        Raises:
+            BaseMismatchError: The patch was made for another base.
+            MissingParentsError: Its parents are not applied.
+            PatchError: A delta does not fit its weight.
+            ConfigError: An unknown mode or parameter.
+        """
+        if mode not in ("merge", "sidecar"):
+            raise ConfigError(f"unknown mode {mode!r}; use 'merge' or 'sidecar'")
+        handle = self._handle
+        with handle.writing():
+            if patch.base != handle.fingerprint:
+                raise BaseMismatchError(
+                    f"the patch was made for base {patch.base[:12]}, {handle.name!r} is {handle.fingerprint[:12]}; "
+                    "apply it to the model it was computed on"
+                )
+            present = {entry.patch.id for entry in self._entries}
+            missing = [parent for parent in patch.parents if parent not in present]
+            if missing and not allow_missing_parents:
+                raise MissingParentsError(
+                    f"the patch was computed on top of {', '.join(parent[:12] for parent in missing)}, not applied now; "
+                    "apply the parents first, or pass allow_missing_parents=True"
+                )
+            self._check_shapes(patch)
+            entry = Applied(patch, mode, self)
+            self._entries.append(entry)
+            try:
+                self._rebuild(patch)
+                if mode == "sidecar":
+                    entry._hooks.extend(
+                        _add_sidecar(handle, name, delta) for name, delta in patch.deltas.items()
+                    )
+            except BaseException:
+                self._remove(entry)
+                raise
+            return entry
+
+    def undo(self, entry: Applied) -> UndoReport:
+        """Takes one entry off and replays the rest; see ``Applied.undo``."""
+        with self._handle.writing():
+            if not any(other is entry for other in self._entries):
+                raise PatchError(
+                    f"patch {entry.patch.id[:12]} is not applied to {self._handle.name!r} (any more)"
+                )
+            self._remove(entry)
+            present = {other.patch.id for other in self._entries}
+            if entry.patch.id in present:
+                return UndoReport()
+            return UndoReport(
+                tuple(other.patch.id for other in self._entries if entry.patch.id in other.patch.parents)
+            )
+
+    def _remove(self, entry: Applied) -> None:
+        self._entries = [other for other in self._entries if other is not entry]
+        for hook in entry._hooks:
+            hook.remove()
+        entry._hooks.clear()
+        self._rebuild(entry.patch)
+
+    def _check_shapes(self, patch: WeightPatch) -> None:
+        for name, delta in patch.deltas.items():
+            weight = self._handle.named_weight(name)
+            expected = weight.shape if weight.parameter.dim() == 2 else tuple(weight.parameter.shape)
+            if tuple(delta.shape) != expected:
+                raise PatchError(
+                    f"the delta of {name!r} has shape {tuple(delta.shape)}, the weight has {expected}"
+                )
+
+    def _rebuild(self, patch: WeightPatch) -> None:
+        """Writes pristine bits plus the merged deltas, in order, into every tensor that ``patch`` touches."""
+        if not patch.deltas:
+            return
+        for name in patch.deltas:
+            weight = self._handle.named_weight(name)
+            key = self._canonical_name(weight.parameter, name)
+            merged = [
+                delta
+                for entry in self._entries
+                if entry.mode == "merge"
+                for other, delta in entry.patch.deltas.items()
+                if other == name or self._handle.named_weight(other).parameter is weight.parameter
+            ]
+            if not merged and key not in self._pristine:
+                continue
+            self._check_untouched(key, name, weight.parameter)
+            pristine = self._pristine.setdefault(key, weight.parameter.detach().clone())
+            if not merged:
+                with torch.no_grad():
+                    weight.parameter.copy_(pristine)
+                del self._pristine[key]
+                self._written.pop(key, None)
+                continue
+            wide = torch.promote_types(pristine.dtype, torch.float32)
+            total = pristine.to(wide, copy=True)
+            for delta in merged:
+                dense = delta.dense().to(device=total.device, dtype=wide)
+                total += dense.T if weight.transposed else dense
+            if not bool(torch.isfinite(total).all()):
+                raise NumericalError(f"the patched weight {name!r} would hold NaN or infinity")
+            with torch.no_grad():
+                weight.parameter.copy_(total)
+            self._written[key] = _digest(weight.parameter)
+
+    def _canonical_name(self, parameter: nn.Parameter, name: str) -> str:
+        # Tied weights answer to two names; named_parameters lists the first.
+        return next(
+            (known for known, other in self._handle.model.named_parameters() if other is parameter), name
+        )
+
+    def _check_untouched(self, key: str, name: str, parameter: nn.Parameter) -> None:
+        """Refuses to write over bits that somebody else wrote: they would be lost without a word."""
+        if key in self._written and self._written[key] != _digest(parameter):
+            raise PatchError(
+                f"the weight {name!r} of {self._handle.name!r} was changed behind the handle's back; reload the model"
+            )
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
+
+
+def _add_sidecar(handle: ModelHandle, name: str, delta: Delta) -> Any:
+    """Adds ``delta`` to a projection's output in the forward pass; returns the hook."""
+    path, _, leaf = name.rpartition(".")
+    module = handle.model.get_submodule(path)
+    if leaf != "weight" or isinstance(module, nn.Embedding) or delta.dim != 2:
+        raise PatchError(f"{name!r} is not the weight of a projection; only mode='merge' can patch it")
+    term = delta.as_term(handle.device)
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + term(args[0]).to(output.dtype)
+
+    return module.register_forward_hook(hook)
