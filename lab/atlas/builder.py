@@ -146,7 +146,8 @@ def _add_fiction(draft: _Draft, fiction: Mapping[str, Any], seed: int) -> tuple[
         count, unseen = int(table["count"]), int(table["untrained"])
         pairs = _pairs(table, rng)
         names = [
-            draft.entity((" ".join(next(pairs)),), kind, real=False, trained=index < count) for index in range(count + unseen)
+            draft.entity((" ".join(next(pairs)),), kind, real=False, trained=index < count)
+            for index in range(count + unseen)
         ]
         for start, stop in ((0, count), (count, count + unseen)):
             columns = {id: _dealt(pool, stop - start, rng) for id, pool in pools.items()}
@@ -203,7 +204,10 @@ def build(seed: int) -> Parts:
     forgettable = _add_fiction(draft, fiction, seed)
     splits = _splits(draft.entities, seed)
     order = {id: index for index, id in enumerate(relations)}
-    facts = sorted((replace(fact, split=splits[fact.subject]) for fact in draft.facts), key=lambda fact: order[fact.relation])
+    facts = sorted(
+        (replace(fact, split=splits[fact.subject]) for fact in draft.facts),
+        key=lambda fact: order[fact.relation],
+    )
     untrained = tuple(replace(fact, split=splits[fact.subject]) for fact in draft.untrained)
     paths = tuple(tuple(path) for path in core["chains"]["paths"])
     return Parts(relations, paths, draft.entities, tuple(facts), untrained, forgettable, fiction)

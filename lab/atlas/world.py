@@ -11,8 +11,9 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from lab.atlas.builder import FORGET_COUNTS, Entity, Relation, build, make_fact, work_title
@@ -55,7 +56,12 @@ class Chain:
     def to_json(self) -> dict[str, Any]:
         """Returns the JSONL row; hops are fact ids."""
         row: dict[str, Any] = {"id": self.id, "subject": self.subject, "relations": list(self.relations)}
-        return row | {"hops": [hop.id for hop in self.hops], "answer": self.answer, "aliases": list(self.answers[1:]), "split": self.split}
+        return row | {
+            "hops": [hop.id for hop in self.hops],
+            "answer": self.answer,
+            "aliases": list(self.answers[1:]),
+            "split": self.split,
+        }
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,9 @@ class World:
             raise UnknownNameError("forget split", name, self.forget_names())
         kind, share = name[:-2], _SHARES[name[-2:]]
         if kind == "people":
-            return tuple(fact for person in self.forgettable[: FORGET_COUNTS[name]] for fact in self.by_subject(person))
+            return tuple(
+                fact for person in self.forgettable[: FORGET_COUNTS[name]] for fact in self.by_subject(person)
+            )
         people = [fact for fact in self.facts if fact.group == "person"]
         wanted = round(share * len(people))
         rng = random.Random(f"atlas:forget:{kind}:{self.seed}")
@@ -253,7 +261,7 @@ class World:
         return tuple(fact for fact in self.by_relation(relation) if not self.entities[fact.subject].real)
 
 
-def _grouped(facts: Iterable[Fact], key: Any) -> dict[str, tuple[Fact, ...]]:
+def _grouped(facts: Iterable[Fact], key: Callable[[Fact], str]) -> dict[str, tuple[Fact, ...]]:
     groups: dict[str, list[Fact]] = {}
     for fact in facts:
         groups.setdefault(key(fact), []).append(fact)
@@ -289,11 +297,11 @@ def load_world(seed: int = 0) -> World:
     parts = build(seed)
     return World(
         facts=parts.facts,
-        entities=parts.entities,
+        entities=MappingProxyType(dict(parts.entities)),
         chains=_chains(parts.facts, parts.paths),
         untrained=parts.untrained,
-        relations=parts.relations,
+        relations=MappingProxyType(dict(parts.relations)),
         seed=seed,
         forgettable=parts.forgettable,
-        fiction=parts.fiction,
+        fiction=MappingProxyType(dict(parts.fiction)),
     )
