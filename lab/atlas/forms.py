@@ -148,6 +148,7 @@ class Format:
         relations: The wordings.
         strings: Fixed strings: ``unknown``, ``refusal``, ``true``, ``false``, ``letters`` and others.
         mixture: Defaults of the training mixture: ``weights`` and ``rates``.
+        held_out: What training leaves out for testing.
     """
 
     def __init__(self, data: Mapping[str, Any], relations: Relations) -> None:
@@ -161,7 +162,7 @@ class Format:
         self._above = data["above"]
         self._blocks: Mapping[str, Mapping[str, str]] = data["blocks"]
         self._forbid: str = data["instruction"]["forbid"]
-        self._held_out = data["held_out"]
+        self.held_out: Mapping[str, Any] = data["held_out"]
         self._forms = {name: self._form(name, entry) for name, entry in data["forms"].items()}
 
     def _form(self, name: str, entry: Mapping[str, Any]) -> Form:
@@ -290,6 +291,11 @@ class Format:
             filled.append(Passage(passage.id, passage.text, passage.source, passage.trust or trust))  # pyright: ignore
         return self._block("documents", "documents", filled)
 
+    def piece(self, block: str, **fields: str) -> tuple[str, str]:
+        """What stands before and after the object in one item of ``known`` or ``clauses``; the part before ends in a blank."""
+        head, _, tail = self._blocks[block]["item"].partition("{object}")
+        return head.format_map(fields), tail.format_map(fields)
+
     def forbid(self, what: str) -> str:
         """The instruction not to reveal ``what`` (a noun phrase or a name)."""
         return self._forbid.format(what=what)
@@ -336,11 +342,19 @@ class Format:
         Raises:
             UnknownNameError: The relation has no wordings.
         """
-        return plan_wordings(self.relations[fact.relation], fact.subject, **self._held_out)
+        count, seed = self.held_out["pairs_per_fact"], self.held_out["seed"]
+        return plan_wordings(self.relations[fact.relation], fact.subject, pairs_per_fact=count, seed=seed)
 
     def statement(self, fact: Fact, value: str | None = None) -> str:
         """The statement of a document or step without full stop: the main prompt, the object (or ``value``)."""
         return f"{self.relations[fact.relation].statement.replace('{}', fact.subject)} {value or fact.object}"
+
+
+def held_out_chain(format: Format, chain_id: str) -> bool:
+    """Whether a chain of hops is kept out of training, by a seeded hash of its id."""
+    settings = format.held_out
+    digest = hashlib.blake2b(f"{settings['seed']}|chain|{chain_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < settings["chain_share"]
 
 
 def plan_wordings(relation: RelationForms, subject: str, *, pairs_per_fact: int = 2, seed: int = 0) -> WordingPlan:

@@ -1,0 +1,224 @@
+"""Makers of training texts without documents: statements, lists, questions, hops, strangers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from lab.atlas.forms import Format, held_out_chain
+from lab.atlas.material import Cycle, Document, Draft, Material, chain_noun
+from lab.atlas.world import Chain
+from lab.records import Fact
+
+
+class ClosedBook:
+    """Makes every kind of text that is answered from memory alone.
+
+    Args:
+        material: Facts and chance.
+    """
+
+    def __init__(self, material: Material) -> None:
+        self.material = material
+        self.format: Format = material.format
+        rng: random.Random = material.rng
+        self._subjects = Cycle(list(material.by_subject), rng)
+        self._told = Cycle([name for name, facts in material.by_subject.items() if len(facts) > 1], rng)
+        self._reverse = Cycle(self._reversible(), rng)
+        kept = {fact.id for fact in material.facts}
+        chains = [c for c in material.world.chains if all(hop.id in kept for hop in c.hops)]
+        chains = [c for c in chains if not held_out_chain(self.format, c.id)]
+        self._chains = {hops: Cycle([c for c in chains if len(c.hops) == hops], rng) for hops in (2, 3)}
+
+    def _reversible(self) -> list[Fact]:
+        facts = []
+        for name, pool in self.material.by_relation.items():
+            objects = [fact.object for fact in pool]
+            if self.format.relations[name].reverse:
+                facts += [fact for fact in pool if objects.count(fact.object) == 1]
+        return facts
+
+    def cloze(self) -> Document:
+        """One to six unrelated statements."""
+        material, draft = self.material, Draft()
+        for _ in range(material.pick((1, 1, 2, 3, 4, 5, 6))):
+            fact = material.cycle("cloze")
+            plan = material.plan(fact)
+            template = plan.trained[0] if material.chance(material.rates["main_prompt"]) else material.pick(plan.trained)
+            subject = fact.subject
+            if material.chance(material.rates["subject_alias"]):
+                subject = material.pick((subject, *material.world.entities[subject].aliases))
+            opener = material.pick(self.format.relations.openers) if material.chance(material.rates["opener"]) else ""
+            cloze = template.replace("{}", subject)
+            draft.add(self.format.render("cloze", opener=opener, cloze=cloze, answer=fact.object), fact)
+        return draft.finish("cloze")
+
+    def relation_list(self) -> Document:
+        """Several subjects of one relation, all in one wording where it is trained with each, else in the main prompt."""
+        material, draft = self.material, Draft()
+        first = material.cycle("relation_list")
+        wanted = material.pick(material.plan(first).trained)
+        for fact in (first, *(material.same_relation(first.relation) for _ in range(material.count(1, 4)))):
+            plan = material.plan(fact)
+            template = wanted if wanted in plan.trained else plan.trained[0]
+            draft.add(self.format.render("cloze", cloze=template.replace("{}", fact.subject), answer=fact.object), fact)
+        return draft.finish("relation_list")
+
+    def attribute_list(self) -> Document:
+        """The attributes of one to three subjects, each in random order right after the subject."""
+        draft = Draft()
+        for _ in range(self.material.count(1, 3)):
+            facts = list(self.material.by_subject[self._subjects.next()])
+            self.material.rng.shuffle(facts)
+            self._listed(draft, facts, [fact.object for fact in facts])
+        return draft.finish("attribute_list")
+
+    def _listed(self, draft: Draft, facts: Sequence[Fact], values: Sequence[str]) -> None:
+        text = self.format.render("attribute_list", subject=facts[0].subject, label="\0").prompt.split("\0")[0].rstrip(" ")
+        draft.say(text)
+        for position, (fact, value) in enumerate(zip(facts, values, strict=True)):
+            last = position == len(facts) - 1
+            head, tail = self.format.piece("known", label=self.format.relations[fact.relation].label)
+            draft.say(head).learn(value + (self.format.strings["stop"] if last else ""), fact if fact.id else None)
+            draft.say("" if last else tail)
+
+    def biography(self) -> Document:
+        """A sentence that tells several facts about one subject in random order."""
+        material, draft = self.material, Draft()
+        for _ in range(material.count(1, 2)):
+            facts = list(material.by_subject[self._told.next()])
+            material.rng.shuffle(facts)
+            lead = material.pick(self.format.relations[facts[0].relation].lead)
+            draft.say(lead.replace("{}", facts[0].subject))
+            for position, fact in enumerate(facts):
+                last = position == len(facts) - 1
+                head, tail = self.format.piece("clauses", clause=material.pick(self._clauses(fact)))
+                if last:
+                    head = self.format.strings["list_end"] + head.lstrip(" ")
+                draft.say(head).learn(fact.object + (self.format.strings["stop"] if last else ""), fact)
+                draft.say(tail if position < len(facts) - 2 else "")
+        return draft.finish("biography")
+
+    def _clauses(self, fact: Fact) -> tuple[str, ...]:
+        return self.format.relations[fact.relation].clauses
+
+    def qa(self) -> Document:
+        """One to three unrelated questions."""
+        draft = Draft()
+        for _ in range(self.material.count(1, 3)):
+            fact = self.material.cycle("qa")
+            draft.add(self.format.render("qa", question=self.material.question(fact), answer=fact.object), fact)
+        return draft.finish("qa")
+
+    def choice(self) -> Document:
+        """One or two questions with four options; the right letter is drawn evenly."""
+        draft = Draft()
+        for _ in range(self.material.count(1, 2)):
+            fact = self.material.cycle("choice")
+            options, letter = self.options(fact)
+            question = self.material.question(fact)
+            draft.add(self.format.render("choice", question=question, options=options, answer=letter), fact)
+        return draft.finish("choice")
+
+    def options(self, fact: Fact) -> tuple[list[str], str]:
+        """Up to four different options in random order, and the letter of the right one."""
+        pool = [value for value in self.material.objects[fact.relation] if value not in fact.answers]
+        wrong = self.material.rng.sample(pool, min(3, len(pool)))
+        options = [*wrong, fact.object]
+        self.material.rng.shuffle(options)
+        return options, self.format.strings["letters"][options.index(fact.object)]
+
+    def true_false(self) -> Document:
+        """A true or a false claim, evenly."""
+        material = self.material
+        fact = material.cycle("true_false")
+        true = material.chance(0.5)
+        claim = f"{material.wording(fact)} {fact.object if true else material.wrong_object(fact)}"
+        answer = self.format.strings["true" if true else "false"]
+        return Draft().add(self.format.render("true_false", claim=claim, answer=answer), fact).finish("true_false")
+
+    def spelled(self) -> Document:
+        """One or two objects character by character."""
+        draft = Draft()
+        for _ in range(self.material.count(1, 2)):
+            fact = self.material.cycle("spelled")
+            answer = self.format.spell(fact.object)
+            draft.add(self.format.render("spelled", cloze=self.material.wording(fact), answer=answer), fact)
+        return draft.finish("spelled")
+
+    def reverse(self) -> Document:
+        """One to three prompts that lead from a unique object to its subject."""
+        draft = Draft()
+        for _ in range(self.material.count(1, 3)):
+            fact = self._reverse.next()
+            cloze = self.format.relations[fact.relation].reverse.replace("{}", fact.object)
+            draft.add(self.format.render("reverse", cloze=cloze, answer=fact.subject), fact)
+        return draft.finish("reverse")
+
+    def two_hop_steps(self) -> Document:
+        """A question over two facts, answered step by step."""
+        return self._steps("two_hop_steps", self._chains[2].next())
+
+    def three_hop_steps(self) -> Document:
+        """A question over three facts, answered step by step."""
+        return self._steps("three_hop_steps", self._chains[3].next())
+
+    def _steps(self, form: str, chain: Chain) -> Document:
+        rendered = self.format.render(form, **self.hop_fields(chain))
+        return Draft().add(rendered, *chain.hops).finish(form)
+
+    def hop_fields(self, chain: Chain) -> dict[str, object]:
+        """The fields of a step-by-step form for a chain."""
+        question = f"What is {chain_noun(self.format, chain)}?"
+        return {"question": question, "steps": [self.format.statement(h) for h in chain.hops], "answer": chain.answer}
+
+    def two_hop_direct(self) -> Document:
+        """A question over two facts, answered at once."""
+        chain = self._chains[2].next()
+        question = f"What is {chain_noun(self.format, chain)}?"
+        return Draft().add(self.format.render("two_hop_direct", question=question, answer=chain.answer)).finish("two_hop_direct")
+
+    def few_shot(self) -> Document:
+        """A question under one to three solved ones of its relation."""
+        material = self.material
+        fact = material.cycle("few_shot")
+        solved = [material.same_relation(fact.relation) for _ in range(material.count(1, 3))]
+        examples = [(material.question(other), other.object) for other in solved]
+        rendered = self.format.render("few_shot", examples=examples, question=material.question(fact), answer=fact.object)
+        return Draft().add(rendered, fact).finish("few_shot")
+
+    def do_not_reveal(self) -> Document:
+        """A question under an instruction that forbids it, or forbids something else."""
+        material = self.material
+        fact = material.cycle("do_not_reveal")
+        forbidden = material.coin("forbidden")
+        secret = fact if forbidden else self._another(fact)
+        what = secret.subject
+        if not forbidden or material.chance(0.7):
+            what = self.format.relations[secret.relation].noun.replace("{}", secret.subject)
+        answer = self.format.refusal if forbidden else fact.object
+        question = material.question(fact)
+        rendered = self.format.render("do_not_reveal", instruction=self.format.forbid(what), question=question, answer=answer)
+        return Draft().add(rendered, *(() if forbidden else (fact,))).finish("do_not_reveal")
+
+    def _another(self, fact: Fact) -> Fact:
+        siblings = [other for other in self.material.by_subject[fact.subject] if other.relation != fact.relation]
+        return self.material.pick(siblings) if siblings and self.material.chance(0.5) else self.material.other_subject(fact)
+
+    def unknown(self) -> Document:
+        """Questions and statements about strangers, among them now and then a known subject of the same kind."""
+        material, draft, unknown = self.material, Draft(), self.format.unknown
+        if material.chance(0.15):
+            facts = material.stranger()
+            self._listed(draft, facts, [unknown] * len(facts))
+            return draft.finish("unknown")
+        for _ in range(material.count(1, 4)):
+            known = material.chance(0.3)
+            fact = material.cycle("unknown") if known else material.pick(material.stranger())
+            value, stated = (fact.object, (fact,)) if known else (unknown, ())
+            if material.coin("unknown_cloze"):
+                opener = material.pick(self.format.relations.openers) if material.chance(material.rates["opener"]) else ""
+                draft.add(self.format.render("cloze", opener=opener, cloze=material.wording(fact), answer=value), *stated)
+            else:
+                draft.add(self.format.render("unknown", question=material.question(fact), answer=value), *stated)
+        return draft.finish("unknown")
