@@ -37,6 +37,10 @@ def build_app() -> typer.Typer:
     ) -> None:
         pass
 
+    from lab.cli import ask, listing, patches
+
+    for part in (ask, patches, listing):
+        app.add_typer(part.app)
     for point in sorted(entry_points(group=COMMAND_GROUP), key=lambda point: point.name):
         try:
             app.add_typer(point.load())

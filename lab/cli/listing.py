@@ -1,0 +1,117 @@
+"""``knowlab list`` and ``knowlab data``: what there is by name, and whether a file is what it says."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lab.cli import options as opt
+from lab.cli.output import console, table, write_json
+from lab.errors import DataError
+from lab.registry import Registry
+
+app = typer.Typer()
+data = typer.Typer(
+    help="Data files: the forms that suites read, and whether a file is well formed.", no_args_is_help=True
+)
+app.add_typer(data, name="data")
+
+# A floor above offers its registry under this entry-point group, so that listing it needs no import from here.
+REGISTRY_GROUP = "knowlab.registries"
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    EDITORS = "editors"
+    UNLEARNERS = "unlearners"
+    ATTACKS = "attacks"
+    SUITES = "suites"
+    READERS = "readers"
+    MODELS = "models"
+
+
+def registry(kind: Kind) -> Registry[Any]:
+    """The registry of a kind; empty but open to entry points where no floor offers one."""
+    for point in entry_points(group=REGISTRY_GROUP, name=kind.value):
+        return point.load()
+    return Registry(kind.value.removesuffix("s"), {}, group=f"knowlab.{kind.value}")
+
+
+@data.command("list")
+def list_forms(json: opt.Json = None) -> None:
+    """Name the published file forms that `knowlab eval` reads.
+
+    Example: `knowlab data list`
+    """
+    from lab.data import FORMATS, HUB
+
+    rows = [
+        (form.name, form.suite, form.about, HUB[form.suite].name if form.suite in HUB else None)
+        for form in FORMATS
+    ]
+    console(json).print(table("File forms", ("name", "suite", "about", "hub"), rows))
+    items = [dict(zip(("name", "suite", "about", "hub"), row, strict=True)) for row in rows]
+    write_json(json, "data list", None, {"items": items})
+
+
+@data.command()
+def check(
+    file: Annotated[
+        Path, typer.Argument(help="A benchmark file or a file of facts (JSONL).", show_default=False)
+    ],
+    json: opt.Json = None,
+) -> None:
+    """Say which form a file has and name every row that breaks it (file and line).
+
+    Exits with an error when a row is broken.
+
+    Example: `knowlab data check counterfact.json`
+    """
+    from lab.data import load_cases, read_rows
+
+    rows = read_rows(file)
+    sound = next((row for row in rows if not row.error), None)
+    if sound is not None and {"subject", "object"} <= set(sound.value):
+        form, suite, good, broken = "facts", None, *_check_facts(rows)
+    else:
+        cases = load_cases(file, skip_malformed=True)
+        form, suite, good, broken = (
+            cases.format,
+            cases.suite,
+            len(cases),
+            [skip.to_json() for skip in cases.malformed],
+        )
+    out = console(json)
+    out.print(f"{file}: {form}, {good} good rows, {len(broken)} broken")
+    if broken:
+        out.print(
+            table(
+                "Broken rows",
+                ("file", "line", "reason"),
+                [(row["file"], row["line"], row["reason"]) for row in broken],
+            )
+        )
+    content = {"file": file, "form": form, "suite": suite, "rows": good + len(broken), "malformed": broken}
+    write_json(json, "data check", None, content)
+    if broken:
+        raise DataError(f"{len(broken)} of {good + len(broken)} rows break the form {form!r}", file)
+
+
+def _check_facts(rows: list[Any]) -> tuple[int, list[dict[str, Any]]]:
+    from lab.records import Fact
+
+    broken = []
+    for row in rows:
+        try:
+            if row.error:
+                raise row.error
+            Fact.from_json(row.value, row.file, row.line)
+        except DataError as error:
+            reason = str(error).removeprefix(f"{row.file}:{row.line}: ")
+            broken.append({"file": row.file, "line": row.line, "reason": reason})
+    return len(rows) - len(broken), broken

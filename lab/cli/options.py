@@ -1,0 +1,88 @@
+"""Options that mean the same on every command, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL_PANEL = "Model"
+RUN_PANEL = "Run"
+OUTPUT_PANEL = "Output"
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A built-in model (`knowlab list models`), a folder, or a Hugging Face id.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+Patches = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--patch",
+        "-p",
+        help="Patch folder or PEFT adapter folder to apply first; repeatable, applied in this order.",
+        rich_help_panel=MODEL_PANEL,
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", help="Where the model runs: cpu, cuda, cuda:1, ...", rich_help_panel=MODEL_PANEL
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="Floating type of the weights: float32, bfloat16, ...", rich_help_panel=MODEL_PANEL
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", rich_help_panel=RUN_PANEL)]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", min=1, help="Stop after this many cases.", rich_help_panel=RUN_PANEL, show_default="all"
+    ),
+]
+SkipMalformed = Annotated[
+    bool,
+    typer.Option(
+        "--skip-malformed",
+        help="Report rows that break the schema instead of stopping.",
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+KnownOnly = Annotated[
+    bool,
+    typer.Option(
+        "--known-only", help="Draw only cases that the model answers right before.", rich_help_panel=RUN_PANEL
+    ),
+]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write the result as JSON to this file; `-` prints it.",
+        rich_help_panel=OUTPUT_PANEL,
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Folder for what the command makes; must be empty.",
+        rich_help_panel=OUTPUT_PANEL,
+        show_default=False,
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Write into --out although it is not empty.", rich_help_panel=OUTPUT_PANEL),
+]

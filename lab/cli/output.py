@@ -1,0 +1,124 @@
+"""What a command gives back: tables for people, one JSON document for programs, a bar while it works."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lab.errors import OutputExistsError
+from lab.records import write_text_atomically
+
+SCHEMA_VERSION = 1
+
+
+def console(json_target: Path | None = None) -> Console:
+    """Where tables go: standard output, or standard error where the JSON document takes standard output."""
+    return Console(highlight=False, stderr=str(json_target) == "-")
+
+
+def strict(value: Any) -> Any:
+    """``value`` as strict JSON: NaN and infinities become null, paths text, tuples lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [strict(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def document(command: str, seed: int | None, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON document of a command: the fields that all commands share, then its own."""
+    return {"schema_version": SCHEMA_VERSION, "command": command, "seed": seed} | strict(content)
+
+
+def write_json(target: Path | None, command: str, seed: int | None, content: Mapping[str, Any]) -> None:
+    """Writes the document of a command to ``target``; to standard output for ``-``, nowhere for ``None``."""
+    if target is None:
+        return
+    text = json.dumps(document(command, seed, content), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    if str(target) == "-":
+        sys.stdout.write(text)
+    else:
+        write_text_atomically(target, text)
+
+
+def check_out(folder: Path, force: bool) -> Path:
+    """Refuses a folder that holds something, unless forced.
+
+    Raises:
+        OutputExistsError: ``folder`` is a file, or holds something and ``force`` is false.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"{folder} is a file; --out names a folder")
+    if not force and folder.is_dir() and any(folder.iterdir()):
+        raise OutputExistsError(
+            f"{folder} is not empty; choose another --out, or add --force to write into it"
+        )
+    return folder
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table; numbers are set to the right, fractions with three digits."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(_cell(value) for value in row))
+    return made
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    # Square brackets in a completion are text, not markup.
+    return str(value).replace("[", r"\[")
+
+
+Advance = Callable[[int, int], None]
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Advance]:
+    """A bar on standard error while the block runs; silent where nobody watches.
+
+    Yields:
+        ``advance(done, total)``.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    err = Console(stderr=True)
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
