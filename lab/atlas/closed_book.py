@@ -23,7 +23,7 @@ class ClosedBook:
         self.format: Format = material.format
         rng: random.Random = material.rng
         self._subjects = Cycle(list(material.by_subject), rng)
-        self._told = Cycle([name for name, facts in material.by_subject.items() if len(facts) > 1], rng)
+        self._told = Cycle(list(material.by_subject), rng)
         self._reverse = Cycle(self._reversible(), rng)
         kept = {fact.id for fact in material.facts}
         chains = [c for c in material.world.chains if all(hop.id in kept for hop in c.hops)]
@@ -90,10 +90,11 @@ class ClosedBook:
             material.rng.shuffle(facts)
             lead = material.pick(self.format.relations[facts[0].relation].lead)
             draft.say(lead.replace("{}", facts[0].subject))
+            # No comma stands before the closing "and", so clauses end in one only up to the last but two.
             for position, fact in enumerate(facts):
                 last = position == len(facts) - 1
                 head, tail = self.format.piece("clauses", clause=material.pick(self._clauses(fact)))
-                if last:
+                if last and position:
                     head = self.format.strings["list_end"] + head.lstrip(" ")
                 draft.say(head).learn(fact.object + (self.format.strings["stop"] if last else ""), fact)
                 draft.say(tail if position < len(facts) - 2 else "")
