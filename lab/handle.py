@@ -24,7 +24,6 @@ from lab.locks import ReadWriteLock
 from lab.stack import Applied, PatchStack
 from lab.tokens import Batch, Side, encode_ids, pad_rows
 
-
 # Past this many elements a fingerprint reads an even sample of a matrix, so that a 7B model is named in seconds.
 _FULL_HASH_ELEMENTS = 1 << 22
 _SAMPLED_ELEMENTS = 1 << 16

@@ -6,6 +6,8 @@ Undo never subtracts: the pristine bits come back and the patches that remain ar
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,6 +82,40 @@ class PatchStack:
     def pristine(self, name: str, parameter: Tensor) -> Tensor:
         """The unpatched bits of a parameter."""
         return self._pristine.get(name, parameter.detach())
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The pristine model for the length of a ``with``; then everything applied is back, bit for bit.
+
+        Holds the write lock throughout. Nothing may be applied or undone inside.
+        """
+        with self._handle.writing():
+            entries = self._entries
+            touched = [
+                (self._handle.named_weight(name).parameter, bits) for name, bits in self._pristine.items()
+            ]
+            patched = [parameter.detach().clone() for parameter, _ in touched]
+            try:
+                self._entries = []
+                for entry in entries:
+                    for hook in entry._hooks:
+                        hook.remove()
+                    entry._hooks.clear()
+                with torch.no_grad():
+                    for parameter, bits in touched:
+                        parameter.copy_(bits)
+                yield
+            finally:
+                self._entries = entries
+                with torch.no_grad():
+                    for (parameter, _), bits in zip(touched, patched, strict=True):
+                        parameter.copy_(bits)
+                for entry in entries:
+                    if entry.mode == "sidecar":
+                        entry._hooks.extend(
+                            _add_sidecar(self._handle, name, delta)
+                            for name, delta in entry.patch.deltas.items()
+                        )
 
     def apply(self, patch: WeightPatch, mode: Mode, allow_missing_parents: bool) -> Applied:
         """Applies a patch; on any error the model is as before.
@@ -180,10 +216,12 @@ class PatchStack:
             for delta in merged:
                 dense = delta.dense().to(device=total.device, dtype=wide)
                 total += dense.T if weight.transposed else dense
-            if not bool(torch.isfinite(total).all()):
+            # Checked after rounding: a finite fp32 sum can overflow in fp16.
+            rounded = total.to(pristine.dtype)
+            if not bool(torch.isfinite(rounded).all()):
                 raise NumericalError(f"the patched weight {name!r} would hold NaN or infinity")
             with torch.no_grad():
-                weight.parameter.copy_(total)
+                weight.parameter.copy_(rounded)
             self._written[key] = _digest(weight.parameter)
 
     def _canonical_name(self, parameter: nn.Parameter, name: str) -> str:

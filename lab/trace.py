@@ -82,7 +82,10 @@ class Recording:
         """
         arguments = {"use_cache": False, **self.handle.inputs(batch), **extra}
         with torch.set_grad_enabled(not self.detach):
-            return self.call(lambda: self.handle.model(**arguments).logits, tuple(batch.input_ids.shape))
+            return self.call(
+                lambda: self.handle.model(**arguments).logits,
+                (batch.input_ids.shape[0], batch.input_ids.shape[1]),
+            )
 
     def call(self, forward: Callable[[], Tensor], shape: tuple[int, int]) -> Tensor | None:
         """Runs any forward pass under the hooks.
@@ -128,7 +131,8 @@ def trace(
         ConfigError: A layer does not exist.
     """
     changes = dict(writes or {})
-    sites = list(dict.fromkeys([*changes, *reads, *([stop] if stop else [])]))
+    wanted_sites: list[Site] = [*changes, *reads, *([stop] if stop else [])]
+    sites = list(dict.fromkeys(wanted_sites))
     # All modules are resolved before the first hook is registered, so that a wrong name leaves nothing behind.
     modules = {site: handle.module(site.role, site.layer) for site in sites}
     wanted = set(reads)
