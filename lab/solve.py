@@ -1,0 +1,205 @@
+"""The linear algebra of locate-then-edit: one Cholesky factor per layer, low-rank updates, null-space projectors.
+
+Everything is fp64 on the CPU. At condition 1e7 the same solves in fp32 are wrong by several per cent, so nothing here
+offers fp32. Shapes: ``in`` is the width of the edited matrix's input, ``out`` of its output, ``B`` the number of edits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lab.errors import ConfigError, NumericalError
+from lab.patch import LowRank
+
+_FIRST_RIDGE = 1e-10
+_LAST_RIDGE = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """``weight * (C + ridge * I)`` in factored form, where ``C`` is a key second moment.
+
+    Attributes:
+        cholesky: ``[in, in]`` fp64, lower Cholesky factor of ``C + ridge * I`` (without ``weight``, so that every weight
+            shares it).
+        weight: λ of MEMIT, or 1.
+        ridge: What was added to the diagonal of ``C``; 0 unless ``C`` was numerically singular.
+        relative_ridge: ``ridge`` as a multiple of the mean of the diagonal.
+    """
+
+    cholesky: Tensor
+    weight: float
+    ridge: float = 0.0
+    relative_ridge: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """``in``."""
+        return self.cholesky.shape[0]
+
+    def solve(self, keys: Tensor) -> Tensor:
+        """Returns ``(weight * (C + ridge * I))⁻¹ keys`` for ``[in, B]`` (or ``[in]``), fp64 on the CPU."""
+        if keys.shape[0] != self.size:
+            raise ConfigError(f"keys of width {keys.shape[0]} do not fit statistics of width {self.size}")
+        columns = _fp64(keys)
+        flat = columns.dim() == 1
+        solved = torch.cholesky_solve(columns.unsqueeze(1) if flat else columns, self.cholesky) / self.weight
+        return solved.squeeze(1) if flat else solved
+
+
+def factorize(moment: Tensor, weight: float = 1.0) -> Factor:
+    """Cholesky factor of a second moment, with the smallest ridge that makes it possible.
+
+    The ridge is ``ε · trace(C) / in``, ε = 0, then 1e-10, 1e-9, ... A factor whose pivots span more than fp64 resolves
+    counts as failed: the algorithm did finish, on rounding noise.
+
+    Args:
+        moment: ``[in, in]``, symmetric positive semi-definite.
+        weight: Multiplies the matrix; positive.
+
+    Raises:
+        ConfigError: ``weight`` is not positive, or ``moment`` is not square.
+        NumericalError: ``moment`` is zero, not finite, or indefinite beyond repair.
+    """
+    if not weight > 0:
+        raise ConfigError(f"the weight of the key statistics must be positive, it is {weight}")
+    if moment.dim() != 2 or moment.shape[0] != moment.shape[1]:
+        raise ConfigError(f"a second moment is square, this one is {tuple(moment.shape)}")
+    matrix = _fp64(moment)
+    mean = float(matrix.diagonal().mean())
+    if not torch.isfinite(matrix).all() or not mean > 0:
+        raise NumericalError(
+            "the key statistics are zero or not finite; delete the cached file and collect them again"
+        )
+    size = matrix.shape[0]
+    floor = size * torch.finfo(torch.float64).eps
+    relative = 0.0
+    while relative <= _LAST_RIDGE:
+        ridge = relative * mean
+        shifted = matrix if ridge == 0.0 else matrix + ridge * torch.eye(size, dtype=torch.float64)
+        lower, info = torch.linalg.cholesky_ex(shifted)
+        pivots = lower.diagonal()
+        if int(info) == 0 and float(pivots.min() / pivots.max()) ** 2 > floor:
+            return Factor(lower, float(weight), ridge, relative)
+        relative = _FIRST_RIDGE if relative == 0.0 else relative * 10
+    raise NumericalError(
+        f"the key statistics stay singular with a ridge of {_LAST_RIDGE} of their mean; collect them over more tokens"
+    )
+
+
+def woodbury_factors(factor: Factor, keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+    """MEMIT's update ``Δ = R Kᵀ (A + K Kᵀ)⁻¹`` as two thin matrices, with ``A`` the factored statistics.
+
+    With ``Z = A⁻¹ K`` the update is ``R (I + Kᵀ Z)⁻¹ Zᵀ`` (Woodbury; equal to the direct form, Meng et al. 2023, eq. 14).
+
+    Args:
+        factor: Of ``λ C``.
+        keys: ``K``, ``[in, B]``.
+        residuals: ``R``, ``[out, B]``.
+
+    Returns:
+        ``left [out, B]`` and ``right [B, in]``, fp64, with ``Δ = left @ right``.
+
+    Raises:
+        NumericalError: The ``B x B`` system cannot be factored (keys not finite).
+    """
+    return _thin_update(factor, keys, residuals, 1.0)
+
+
+def emmet_factors(factor: Factor, keys: Tensor, residuals: Tensor, mu: float = 0.1) -> tuple[Tensor, Tensor]:
+    """EMMET's equality-constrained update ``Δ = R (Kᵀ A⁻¹ K + μ I)⁻¹ Kᵀ A⁻¹``; shapes as in ``woodbury_factors``.
+
+    With ``mu = 0`` the update maps every key onto its residual exactly; two equal keys then make it singular.
+
+    Raises:
+        ConfigError: ``mu`` is negative.
+        NumericalError: The ``B x B`` system is singular; raise ``mu`` or drop requests that share a subject.
+    """
+    if mu < 0:
+        raise ConfigError(f"mu must not be negative, it is {mu}")
+    return _thin_update(factor, keys, residuals, mu)
+
+
+def woodbury_update(factor: Factor, keys: Tensor, residuals: Tensor) -> LowRank:
+    """``woodbury_factors`` as a delta of a patch (fp32)."""
+    left, right = woodbury_factors(factor, keys, residuals)
+    return LowRank(left.float(), right.float())
+
+
+def _thin_update(factor: Factor, keys: Tensor, residuals: Tensor, diagonal: float) -> tuple[Tensor, Tensor]:
+    if keys.dim() != 2 or residuals.dim() != 2 or keys.shape[1] != residuals.shape[1]:
+        raise ConfigError(
+            f"keys {tuple(keys.shape)} and residuals {tuple(residuals.shape)} must both be [width, edits]"
+        )
+    columns = _fp64(keys)
+    solved = factor.solve(columns)
+    gram = columns.T @ solved
+    system = (gram + gram.T) / 2 + diagonal * torch.eye(gram.shape[0], dtype=torch.float64)
+    lower, info = torch.linalg.cholesky_ex(system)
+    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+        raise NumericalError(
+            "the system over the edits is singular: two keys coincide (the same subject twice) or are not finite"
+        )
+    return torch.cholesky_solve(_fp64(residuals).T, lower).T, solved.T
+
+
+@dataclass(frozen=True, eq=False)
+class Projector:
+    """Orthogonal projector onto the span of a second moment's small eigenvalues, kept as one thin block.
+
+    Attributes:
+        basis: ``[in, b]`` fp64 with orthonormal columns: the smaller one of the two eigenvector blocks.
+        complement: ``True`` when ``basis`` spans what is projected away, so that ``P = I − basis basisᵀ``.
+        rank: Dimensions that ``P`` keeps.
+        threshold: Eigenvalues below this were kept.
+    """
+
+    basis: Tensor
+    complement: bool
+    rank: int
+    threshold: float
+
+    def apply(self, keys: Tensor) -> Tensor:
+        """Returns ``P keys`` for ``[in, n]`` (or ``[in]``), fp64, without ever forming ``P``."""
+        columns = _fp64(keys)
+        inside = self.basis @ (self.basis.T @ columns)
+        return columns - inside if self.complement else inside
+
+    def dense(self) -> Tensor:
+        """``P`` itself, ``[in, in]``."""
+        return self.apply(torch.eye(self.basis.shape[0], dtype=torch.float64))
+
+
+def null_space(moment: Tensor, threshold: float) -> Projector:
+    """Projector onto the eigenvectors of ``moment`` whose eigenvalues lie below an absolute threshold (AlphaEdit).
+
+    The threshold is on the scale of the model's own activations, so the kept rank must be looked at: it is reported,
+    and both extremes are refused.
+
+    Raises:
+        ConfigError: The threshold keeps no direction or all of them.
+        NumericalError: ``moment`` is not finite.
+    """
+    matrix = _fp64(moment)
+    if not torch.isfinite(matrix).all():
+        raise NumericalError(
+            "the key statistics are not finite; delete the cached file and collect them again"
+        )
+    values, vectors = torch.linalg.eigh(matrix)
+    size = matrix.shape[0]
+    rank = int((values < threshold).sum())
+    if rank in (0, size):
+        raise ConfigError(
+            f"threshold {threshold} keeps {rank} of {size} directions; the eigenvalues run from {float(values[0]):.3g} "
+            f"to {float(values[-1]):.3g} with median {float(values[size // 2]):.3g}: choose one inside that range"
+        )
+    complement = rank > size - rank
+    basis = vectors[:, rank:] if complement else vectors[:, :rank]
+    return Projector(basis.contiguous(), complement, rank, float(threshold))
+
+
+def _fp64(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(device="cpu", dtype=torch.float64)
