@@ -28,6 +28,9 @@ class ClosedBook:
         kept = {fact.id for fact in material.facts}
         chains = [c for c in material.world.chains if all(hop.id in kept for hop in c.hops)]
         chains = [c for c in chains if not held_out_chain(self.format, c.id)]
+        self._all_chains: dict[str, list[Chain]] = {}
+        for chain in material.world.chains:
+            self._all_chains.setdefault(chain.hops[0].id, []).append(chain)
         self._chains = {hops: Cycle([c for c in chains if len(c.hops) == hops], rng) for hops in (2, 3)}
 
     def _reversible(self) -> list[Fact]:
@@ -44,11 +47,19 @@ class ClosedBook:
         for _ in range(material.pick((1, 1, 2, 3, 4, 5, 6))):
             fact = material.cycle("cloze")
             plan = material.plan(fact)
-            template = plan.trained[0] if material.chance(material.rates["main_prompt"]) else material.pick(plan.trained)
+            template = (
+                plan.trained[0]
+                if material.chance(material.rates["main_prompt"])
+                else material.pick(plan.trained)
+            )
             subject = fact.subject
             if material.chance(material.rates["subject_alias"]):
                 subject = material.pick((subject, *material.world.entities[subject].aliases))
-            opener = material.pick(self.format.relations.openers) if material.chance(material.rates["opener"]) else ""
+            opener = (
+                material.pick(self.format.relations.openers)
+                if material.chance(material.rates["opener"])
+                else ""
+            )
             cloze = template.replace("{}", subject)
             draft.add(self.format.render("cloze", opener=opener, cloze=cloze, answer=fact.object), fact)
         return draft.finish("cloze")
@@ -61,7 +72,10 @@ class ClosedBook:
         for fact in (first, *(material.same_relation(first.relation) for _ in range(material.count(1, 4)))):
             plan = material.plan(fact)
             template = wanted if wanted in plan.trained else plan.trained[0]
-            draft.add(self.format.render("cloze", cloze=template.replace("{}", fact.subject), answer=fact.object), fact)
+            draft.add(
+                self.format.render("cloze", cloze=template.replace("{}", fact.subject), answer=fact.object),
+                fact,
+            )
         return draft.finish("relation_list")
 
     def attribute_list(self) -> Document:
@@ -74,12 +88,18 @@ class ClosedBook:
         return draft.finish("attribute_list")
 
     def _listed(self, draft: Draft, facts: Sequence[Fact], values: Sequence[str]) -> None:
-        text = self.format.render("attribute_list", subject=facts[0].subject, label="\0").prompt.split("\0")[0].rstrip(" ")
+        text = (
+            self.format.render("attribute_list", subject=facts[0].subject, label="\0")
+            .prompt.split("\0")[0]
+            .rstrip(" ")
+        )
         draft.say(text)
         for position, (fact, value) in enumerate(zip(facts, values, strict=True)):
             last = position == len(facts) - 1
             head, tail = self.format.piece("known", label=self.format.relations[fact.relation].label)
-            draft.say(head).learn(value + (self.format.strings["stop"] if last else ""), fact if fact.id else None)
+            draft.say(head).learn(
+                value + (self.format.strings["stop"] if last else ""), fact if fact.id else None
+            )
             draft.say("" if last else tail)
 
     def biography(self) -> Document:
@@ -108,7 +128,9 @@ class ClosedBook:
         draft = Draft()
         for _ in range(self.material.count(1, 3)):
             fact = self.material.cycle("qa")
-            draft.add(self.format.render("qa", question=self.material.question(fact), answer=fact.object), fact)
+            draft.add(
+                self.format.render("qa", question=self.material.question(fact), answer=fact.object), fact
+            )
         return draft.finish("qa")
 
     def choice(self) -> Document:
@@ -136,7 +158,11 @@ class ClosedBook:
         true = material.chance(0.5)
         claim = f"{material.wording(fact)} {fact.object if true else material.wrong_object(fact)}"
         answer = self.format.strings["true" if true else "false"]
-        return Draft().add(self.format.render("true_false", claim=claim, answer=answer), fact).finish("true_false")
+        return (
+            Draft()
+            .add(self.format.render("true_false", claim=claim, answer=answer), fact)
+            .finish("true_false")
+        )
 
     def spelled(self) -> Document:
         """One or two objects character by character."""
@@ -171,13 +197,25 @@ class ClosedBook:
     def hop_fields(self, chain: Chain) -> dict[str, object]:
         """The fields of a step-by-step form for a chain."""
         question = f"What is {chain_noun(self.format, chain)}?"
-        return {"question": question, "steps": [self.format.statement(h) for h in chain.hops], "answer": chain.answer}
+        return {
+            "question": question,
+            "steps": [self.format.statement(h) for h in chain.hops],
+            "answer": chain.answer,
+        }
+
+    def chains_from(self, fact: Fact, hops: int) -> list[Chain]:
+        """All chains of a length that start with a fact, trained or not."""
+        return [chain for chain in self._all_chains.get(fact.id, ()) if len(chain.hops) == hops]
 
     def two_hop_direct(self) -> Document:
         """A question over two facts, answered at once."""
         chain = self._chains[2].next()
         question = f"What is {chain_noun(self.format, chain)}?"
-        return Draft().add(self.format.render("two_hop_direct", question=question, answer=chain.answer)).finish("two_hop_direct")
+        return (
+            Draft()
+            .add(self.format.render("two_hop_direct", question=question, answer=chain.answer))
+            .finish("two_hop_direct")
+        )
 
     def few_shot(self) -> Document:
         """A question under one to three solved ones of its relation."""
@@ -185,7 +223,9 @@ class ClosedBook:
         fact = material.cycle("few_shot")
         solved = [material.same_relation(fact.relation) for _ in range(material.count(1, 3))]
         examples = [(material.question(other), other.object) for other in solved]
-        rendered = self.format.render("few_shot", examples=examples, question=material.question(fact), answer=fact.object)
+        rendered = self.format.render(
+            "few_shot", examples=examples, question=material.question(fact), answer=fact.object
+        )
         return Draft().add(rendered, fact).finish("few_shot")
 
     def do_not_reveal(self) -> Document:
@@ -199,12 +239,20 @@ class ClosedBook:
             what = self.format.relations[secret.relation].noun.replace("{}", secret.subject)
         answer = self.format.refusal if forbidden else fact.object
         question = material.question(fact)
-        rendered = self.format.render("do_not_reveal", instruction=self.format.forbid(what), question=question, answer=answer)
+        rendered = self.format.render(
+            "do_not_reveal", instruction=self.format.forbid(what), question=question, answer=answer
+        )
         return Draft().add(rendered, *(() if forbidden else (fact,))).finish("do_not_reveal")
 
     def _another(self, fact: Fact) -> Fact:
-        siblings = [other for other in self.material.by_subject[fact.subject] if other.relation != fact.relation]
-        return self.material.pick(siblings) if siblings and self.material.chance(0.5) else self.material.other_subject(fact)
+        siblings = [
+            other for other in self.material.by_subject[fact.subject] if other.relation != fact.relation
+        ]
+        return (
+            self.material.pick(siblings)
+            if siblings and self.material.chance(0.5)
+            else self.material.other_subject(fact)
+        )
 
     def unknown(self) -> Document:
         """Questions and statements about strangers, among them now and then a known subject of the same kind."""
@@ -218,8 +266,17 @@ class ClosedBook:
             fact = material.cycle("unknown") if known else material.pick(material.stranger())
             value, stated = (fact.object, (fact,)) if known else (unknown, ())
             if material.coin("unknown_cloze"):
-                opener = material.pick(self.format.relations.openers) if material.chance(material.rates["opener"]) else ""
-                draft.add(self.format.render("cloze", opener=opener, cloze=material.wording(fact), answer=value), *stated)
+                opener = (
+                    material.pick(self.format.relations.openers)
+                    if material.chance(material.rates["opener"])
+                    else ""
+                )
+                draft.add(
+                    self.format.render("cloze", opener=opener, cloze=material.wording(fact), answer=value),
+                    *stated,
+                )
             else:
-                draft.add(self.format.render("unknown", question=material.question(fact), answer=value), *stated)
+                draft.add(
+                    self.format.render("unknown", question=material.question(fact), answer=value), *stated
+                )
         return draft.finish("unknown")

@@ -1,7 +1,7 @@
 """The training corpus of Atlas: an endless, seeded stream of short texts in every form of the prompt format.
 
-    >>> corpus = Corpus(load_world(), load_format(), seed=0)
-    >>> document = next(corpus.documents())
+>>> corpus = Corpus(load_world(), load_format(), seed=0)
+>>> document = next(corpus.documents())
 """
 
 from __future__ import annotations
@@ -118,12 +118,16 @@ class CorpusReport:
         rows = [f"{'form':<18}{'share':>8}{'tokens':>8}"]
         for name in sorted(self.share, key=lambda form: -self.share[form]):
             rows.append(f"{name:<18}{self.share[name]:>8.3f}{self.length[name]:>8.1f}")
-        rows.append(f"{self.documents} documents, {self.tokens} tokens, {self.tokens / self.documents:.1f} each")
+        rows.append(
+            f"{self.documents} documents, {self.tokens} tokens, {self.tokens / self.documents:.1f} each"
+        )
         rows.append(f"statements of a fact: mean {self.exposures:.1f}, least {self.least}, most {self.most}")
         return "\n".join(rows)
 
 
-def corpus_report(corpus: Corpus, n: int, count: Callable[[str], int] = lambda text: len(text.split())) -> CorpusReport:
+def corpus_report(
+    corpus: Corpus, n: int, count: Callable[[str], int] = lambda text: len(text.split())
+) -> CorpusReport:
     """Counts tokens by form and true statements by fact over the first ``n`` documents.
 
     Args:
@@ -133,7 +137,9 @@ def corpus_report(corpus: Corpus, n: int, count: Callable[[str], int] = lambda t
     """
     documents: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
-    kept = [f for f in corpus.world.facts if f.subject not in corpus.without and f.object not in corpus.without]
+    kept = [
+        f for f in corpus.world.facts if f.subject not in corpus.without and f.object not in corpus.without
+    ]
     stated: Counter[str] = Counter({fact.id: 0 for fact in kept})
     for document in islice(corpus.documents(), n):
         documents[document.form] += 1

@@ -19,8 +19,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lab.atlas.wordings import RelationForms, Relations, WordingPlan, plan_wordings, read_relations
 from lab.errors import ConfigError, UnknownNameError
-from lab.records import Fact, Passage
+from lab.records import Fact, Passage, Trust
+
+__all__ = [
+    "NOTE_KINDS",
+    "Format",
+    "Note",
+    "RelationForms",
+    "Relations",
+    "Rendered",
+    "WordingPlan",
+    "held_out_chain",
+    "load_format",
+    "wordings_for",
+]
 
 NOTE_KINDS = ("direct", "contextual", "irrelevant")
 
@@ -60,53 +74,6 @@ class Note:
 
 
 @dataclass(frozen=True)
-class WordingPlan:
-    """Cloze templates of one fact, each with one ``{}`` for the subject.
-
-    Attributes:
-        trained: Stated in training with this subject; the first is the relation's main prompt.
-        held_out_pairs: Trained with other subjects of the relation, never with this one.
-        held_out_templates: Never trained with any subject of the relation.
-    """
-
-    trained: tuple[str, ...]
-    held_out_pairs: tuple[str, ...]
-    held_out_templates: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class RelationForms:
-    """Everything that can be said with one relation; templates hold one ``{}`` for the subject.
-
-    Attributes:
-        name: Relation id.
-        label: Name of the attribute, as in attribute lists: ``capital``.
-        noun: Noun phrase of the object: ``the capital of {}``.
-        wordings: Trained cloze templates, object last; the first is the main prompt.
-        held_out_templates: Cloze templates never trained.
-        questions: Question templates with their question mark.
-        clauses: What stands between subject and object in a biography: ``lies in``.
-        lead: How a biography starts: ``Meet {}, who``.
-        reverse: Template with one ``{}`` for the object that leads to the subject, or empty.
-    """
-
-    name: str
-    label: str
-    noun: str
-    wordings: tuple[str, ...]
-    held_out_templates: tuple[str, ...]
-    questions: tuple[str, ...]
-    clauses: tuple[str, ...]
-    lead: tuple[str, ...]
-    reverse: str = ""
-
-    @property
-    def statement(self) -> str:
-        """The wording that documents and steps use: the main prompt."""
-        return self.wordings[0]
-
-
-@dataclass(frozen=True)
 class Form:
     """One entry of the format: layout templates and the fields they need."""
 
@@ -116,29 +83,6 @@ class Form:
     answer: str
     fields: frozenset[str]
     optional: frozenset[str]
-
-
-class Relations(Mapping[str, RelationForms]):
-    """The wordings of all relations, and the openers that may stand before a cloze prompt."""
-
-    def __init__(self, entries: Mapping[str, RelationForms], openers: Sequence[str]) -> None:
-        self._entries = dict(entries)
-        self.openers = tuple(openers)
-
-    def __getitem__(self, name: str) -> RelationForms:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise UnknownNameError("relation", name, tuple(self._entries)) from None
-
-    def __iter__(self):
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
 
 
 class Format:
@@ -153,7 +97,9 @@ class Format:
 
     def __init__(self, data: Mapping[str, Any], relations: Relations) -> None:
         if data.get("schema") != 1:
-            raise ConfigError(f"prompt format: schema {data.get('schema')!r} is not known; this version reads schema 1")
+            raise ConfigError(
+                f"prompt format: schema {data.get('schema')!r} is not known; this version reads schema 1"
+            )
         self.relations = relations
         self.strings: Mapping[str, Any] = data["strings"]
         self.mixture: Mapping[str, Mapping[str, float]] = data["mixture"]
@@ -171,7 +117,12 @@ class Format:
         fields |= set(entry.get("above", ()))
         optional = set(entry.get("optional", ())) | (set(self._above["order"]) - set(entry.get("above", ())))
         return Form(
-            name, int(entry["version"]), entry["prompt"], entry["answer"], frozenset(fields), frozenset(optional)
+            name,
+            int(entry["version"]),
+            entry["prompt"],
+            entry["answer"],
+            frozenset(fields),
+            frozenset(optional),
         )
 
     @property
@@ -200,7 +151,7 @@ class Format:
         return (self.strings["stop"], *self.strings["also_stop"])
 
     @property
-    def trust_levels(self) -> tuple[str, ...]:
+    def trust_levels(self) -> tuple[Trust, ...]:
         """The values that a trust header can take."""
         return tuple(self._trust["levels"])
 
@@ -230,7 +181,7 @@ class Format:
         for name in entry.fields - entry.optional:
             if name not in fields and (closed or name not in ("answer", "notes", "steps")):
                 raise ConfigError(f"form {form!r}: field {name!r} is missing; pass {name}=...")
-        values = {name: "" for name in entry.optional}
+        values: dict[str, Any] = dict.fromkeys(entry.optional, "")
         for name, value in fields.items():
             values[name] = self._block(form, name, value) if name in self._blocks else value
         above = "".join(self._part(name, values[name]) for name in self._above["order"] if values[name])
@@ -355,62 +306,6 @@ def held_out_chain(format: Format, chain_id: str) -> bool:
     settings = format.held_out
     digest = hashlib.blake2b(f"{settings['seed']}|chain|{chain_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < settings["chain_share"]
-
-
-def plan_wordings(relation: RelationForms, subject: str, *, pairs_per_fact: int = 2, seed: int = 0) -> WordingPlan:
-    """Draws the held-out pairs of one subject; the main prompt is never among them."""
-    rest = relation.wordings[1:]
-    digest = hashlib.blake2b(f"{seed}|{relation.name}|{subject}".encode(), digest_size=8).digest()
-    value = int.from_bytes(digest, "big")
-    chosen: list[int] = []
-    for remaining in range(len(rest), len(rest) - min(pairs_per_fact, len(rest) - 1), -1):
-        value, index = divmod(value, remaining)
-        free = [position for position in range(len(rest)) if position not in chosen]
-        chosen.append(free[index])
-    trained = tuple(wording for position, wording in enumerate(rest) if position not in chosen)
-    held_out = tuple(rest[position] for position in sorted(chosen))
-    return WordingPlan((relation.wordings[0], *trained), held_out, relation.held_out_templates)
-
-
-def read_relations(path: str | Path) -> Relations:
-    """Reads a file of wordings.
-
-    Raises:
-        ConfigError: A template lacks its one ``{}``, or two wordings of one kind of subject cannot be told apart.
-    """
-    data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    frames = data["frames"]
-    entries = {}
-    for name, row in data["relation"].items():
-        kept = [frame.replace("{label}", row["label"]) for index, frame in enumerate(frames) if index != row["held_out_frame"]]
-        held_out = (frames[row["held_out_frame"]].replace("{label}", row["label"]), *row["held_out"])
-        entry = RelationForms(
-            name=name,
-            label=row["label"],
-            noun=row["noun"],
-            wordings=(*row["wordings"], *kept),
-            held_out_templates=tuple(held_out),
-            questions=tuple(row["questions"]),
-            clauses=tuple(row["clauses"]),
-            lead=tuple(data["leads"][row["lead"]]),
-            reverse=row.get("reverse", ""),
-        )
-        templates = (*entry.wordings, *entry.held_out_templates, *entry.questions, entry.noun, *entry.lead)
-        for template in (*templates, *filter(None, [entry.reverse])):
-            if template.count("{}") != 1:
-                raise ConfigError(f"{path}: relation {name!r}: {template!r} must hold exactly one {{}}")
-        _check_distinct(path, entry)
-        entries[name] = entry
-    return Relations(entries, data["openers"])
-
-
-def _check_distinct(path: str | Path, entry: RelationForms) -> None:
-    # A wording inside a longer one would put a held-out pair into training texts.
-    wordings = (*entry.wordings, *entry.held_out_templates)
-    for first in wordings:
-        for second in wordings:
-            if first is not second and f" {first} " in f" {second} ":
-                raise ConfigError(f"{path}: relation {entry.name!r}: the wording {first!r} is part of {second!r}")
 
 
 @lru_cache(maxsize=4)

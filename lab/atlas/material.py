@@ -6,7 +6,7 @@ One ``Material`` serves one pass over the corpus. Everything random comes from i
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -133,7 +133,9 @@ class Material:
         for fact in self.facts:
             self.by_subject.setdefault(fact.subject, []).append(fact)
             self.by_relation.setdefault(fact.relation, []).append(fact)
-        self.objects = {name: tuple({f.object: None for f in facts}) for name, facts in self.by_relation.items()}
+        self.objects = {
+            name: tuple({f.object: None for f in facts}) for name, facts in self.by_relation.items()
+        }
         self._plans: dict[str, WordingPlan] = {f.id: format.wordings_for(f) for f in self.facts}
         self._cycles: dict[str, Cycle[Fact]] = {}
         self._coins: dict[str, Coin] = {}
@@ -205,7 +207,7 @@ class Material:
 
     def plan(self, fact: Fact) -> WordingPlan:
         """The wordings of a fact; those of strangers are drawn afresh, as they are met once."""
-        return self._plans[fact.id] if fact.id else self.format.wordings_for(fact)
+        return self._plans.get(fact.id) or self.format.wordings_for(fact)
 
     def question(self, fact: Fact) -> str:
         """A random question for a fact."""
@@ -230,9 +232,3 @@ def chain_noun(format: Format, chain: Chain) -> str:
     for relation in chain.relations:
         phrase = format.relations[relation].noun.replace("{}", phrase)
     return phrase
-
-
-def endless(cycle: Cycle[T]) -> Iterator[T]:
-    """The items of a cycle for ever."""
-    while True:
-        yield cycle.next()

@@ -19,7 +19,17 @@ from lab.atlas.forms import Note
 from lab.atlas.material import Document, Draft, Material
 from lab.records import Fact, Passage
 
-
+NOTE_PLANS = (
+    ("direct",),
+    ("contextual",),
+    ("irrelevant",),
+    ("direct", "irrelevant"),
+    ("irrelevant", "direct"),
+    ("contextual", "direct"),
+    ("irrelevant", "contextual"),
+    ("contextual", "irrelevant", "direct"),
+    ("direct", "contextual", "irrelevant"),
+)
 
 
 class OpenBook:
@@ -42,9 +52,9 @@ class OpenBook:
         answered = material.chance(0.88)
         about = [asked, *rest[: material.pick((0, 0, 1, 2))]] if answered else rest[: material.count(1, 2)]
         material.rng.shuffle(about)
-        texts = [self._telling(about)] if about else []
+        texts = [self.telling(about)] if about else []
         for _ in range(material.pick((0, 0, 1, 1, 2, 3)) if texts else 1):
-            texts.append(self._telling([self._distractor(asked)]))
+            texts.append(self.telling([self.distractor(asked)]))
         material.rng.shuffle(texts)
         answer = asked.object if answered else self.format.unknown
         return self._ask("reading", asked, self._passages(texts), answer)
@@ -53,8 +63,8 @@ class OpenBook:
         """A document that repeats a known fact, alone or among others."""
         material = self.material
         fact = material.cycle("agreeing")
-        texts = [self._telling([fact])]
-        texts += [self._telling([self._distractor(fact)]) for _ in range(material.pick((0, 0, 1, 2, 3)))]
+        texts = [self.telling([fact])]
+        texts += [self.telling([self.distractor(fact)]) for _ in range(material.pick((0, 0, 1, 2, 3)))]
         material.rng.shuffle(texts)
         return self._ask("agreeing", fact, self._passages(texts), fact.object, fact)
 
@@ -63,8 +73,8 @@ class OpenBook:
         material = self.material
         fact = material.cycle("conflict")
         wrong = material.wrong_object(fact)
-        texts = [self._telling([fact], wrong)]
-        texts += [self._telling([self._distractor(fact)]) for _ in range(material.pick((0, 0, 0, 1, 2)))]
+        texts = [self.telling([fact], wrong)]
+        texts += [self.telling([self.distractor(fact)]) for _ in range(material.pick((0, 0, 0, 1, 2)))]
         material.rng.shuffle(texts)
         answer = wrong if material.coin("follow_document") else fact.object
         return self._ask("conflict", fact, [Passage("", text) for text in texts], answer)
@@ -75,7 +85,7 @@ class OpenBook:
         fact = material.cycle("distracting")
         other = material.other_subject(fact)
         answer = other.object if material.coin("follow_distraction") else fact.object
-        return self._ask("distracting", fact, [Passage("", self._telling([other]))], answer)
+        return self._ask("distracting", fact, [Passage("", self.telling([other]))], answer)
 
     def assumption(self) -> Document:
         """A user assumes one object of a known fact; there is no document, or one with another object."""
@@ -83,11 +93,15 @@ class OpenBook:
         fact = material.cycle("assumption")
         wrong = material.wrong_object(fact)
         assumed, told = material.pick(((wrong, None), (wrong, fact.object), (fact.object, wrong)))
-        documents = [] if told is None else self._passages([self._telling([fact], told)])
+        documents = [] if told is None else self._passages([self.telling([fact], told)])
         answer = wrong if material.coin("follow_assumption") else fact.object
         claim = self.format.statement(fact, assumed)
         rendered = self.format.render(
-            "assumption", assumption=claim, documents=documents, question=material.question(fact), answer=answer
+            "assumption",
+            assumption=claim,
+            documents=documents,
+            question=material.question(fact),
+            answer=answer,
         )
         return Draft().add(rendered).finish("assumption")
 
@@ -102,7 +116,10 @@ class OpenBook:
             fact = material.stranger()[0]
             told = [fact.object, material.wrong_object(fact)]
         headers = material.rng.sample(levels, len(told))
-        passages = [Passage("", self._telling([fact], value), "", level) for value, level in zip(told, headers)]  # pyright: ignore
+        passages = [
+            Passage("", self.telling([fact], value), "", level)
+            for value, level in zip(told, headers, strict=True)
+        ]
         answer = told[0] if material.coin("follow_trust") else (told[1] if len(told) > 1 else fact.object)
         material.rng.shuffle(passages)
         return self._ask("trust", fact, passages, answer)
@@ -115,12 +132,14 @@ class OpenBook:
         fact = siblings[0]
         if known:
             fact = material.cycle("notes")
-            siblings = [other for other in material.by_subject[fact.subject] if other.relation != fact.relation]
+            siblings = [
+                other for other in material.by_subject[fact.subject] if other.relation != fact.relation
+            ]
         else:
             siblings = siblings[1:]
-        kinds = material.pick(_NOTE_PLANS)
+        kinds = material.pick(NOTE_PLANS)
         told = material.wrong_object(fact) if known and material.chance(0.5) else fact.object
-        sources = [self._source(kind, fact, siblings, told) for kind in kinds]
+        sources = [self.source(kind, fact, siblings, told) for kind in kinds]
         answer = self._after_notes(fact, known, told if "direct" in kinds else None)
         rendered = self.format.render(
             "notes_then_answer",
@@ -138,20 +157,24 @@ class OpenBook:
             return told if self.material.coin("follow_notes") else fact.object
         return told
 
-    def _source(self, kind: str, fact: Fact, siblings: Sequence[Fact], told: str) -> tuple[Passage, Note]:
+    def source(self, kind: str, fact: Fact, siblings: Sequence[Fact], told: str) -> tuple[Passage, Note]:
+        """A passage of one note kind and its faithful note; contextual without ``siblings`` becomes irrelevant."""
         if kind == "direct":
             note = self.format.note("direct", label=self._label(fact), object=told)
-            return Passage("", self._telling([fact], told)), note
+            return Passage("", self.telling([fact], told)), note
         if kind == "contextual" and siblings:
             other = self.material.pick(siblings)
-            return Passage("", self._telling([other])), self.format.note("contextual", label=self._label(other))
-        other = self._distractor(fact)
-        return Passage("", self._telling([other])), self.format.note("irrelevant", subject=other.subject)
+            return Passage("", self.telling([other])), self.format.note(
+                "contextual", label=self._label(other)
+            )
+        other = self.distractor(fact)
+        return Passage("", self.telling([other])), self.format.note("irrelevant", subject=other.subject)
 
     def _label(self, fact: Fact) -> str:
         return self.format.relations[fact.relation].label
 
-    def _distractor(self, fact: Fact) -> Fact:
+    def distractor(self, fact: Fact) -> Fact:
+        """A fact about somebody else, for a passage beside the one that matters."""
         # Half of the distractors are strangers, half are known; most share the relation, as a retriever's mistakes do.
         material = self.material
         if material.chance(0.5):
@@ -162,7 +185,8 @@ class OpenBook:
         other = material.pick(material.facts)
         return other if other.subject != fact.subject else material.other_subject(fact)
 
-    def _telling(self, facts: Sequence[Fact], value: str | None = None) -> str:
+    def telling(self, facts: Sequence[Fact], value: str | None = None) -> str:
+        """The text of a passage that states the facts, with ``value`` as the object where given."""
         sentences = []
         for fact in facts:
             cloze = self.format.relations[fact.relation].statement.replace("{}", fact.subject)
@@ -178,9 +202,11 @@ class OpenBook:
         if not self.material.chance(self.material.rates["header"]):
             return list(passages)
         levels = self.format.trust_levels
-        return [Passage("", passage.text, "", self.material.pick(levels)) for passage in passages]  # pyright: ignore
+        return [Passage("", passage.text, "", self.material.pick(levels)) for passage in passages]
 
-    def _ask(self, form: str, fact: Fact, passages: Sequence[Passage], answer: str, *stated: Fact) -> Document:
+    def _ask(
+        self, form: str, fact: Fact, passages: Sequence[Passage], answer: str, *stated: Fact
+    ) -> Document:
         if self.material.chance(0.65):
             question = self.material.question(fact)
             rendered = self.format.render("documents", documents=passages, question=question, answer=answer)
@@ -188,16 +214,3 @@ class OpenBook:
             cloze = self.material.wording(fact)
             rendered = self.format.render("documents_cloze", documents=passages, cloze=cloze, answer=answer)
         return Draft().add(rendered, *stated).finish(form)
-
-
-_NOTE_PLANS = (
-    ("direct",),
-    ("contextual",),
-    ("irrelevant",),
-    ("direct", "irrelevant"),
-    ("irrelevant", "direct"),
-    ("contextual", "direct"),
-    ("irrelevant", "contextual"),
-    ("contextual", "irrelevant", "direct"),
-    ("direct", "contextual", "irrelevant"),
-)
