@@ -1,7 +1,240 @@
-"""Commands that need an editing method."""
+"""Commands that need an editing method: ``edit``, ``eval`` and ``demo``."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
+from lab.cli import options as opt
+from lab.cli.output import check_out, console, progress, table, write_json
+from lab.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
+    from lab.records import EditRequest
+
 app = typer.Typer()
+
+EDIT_PANEL = "Edit"
+
+EditorSpec = Annotated[
+    str,
+    typer.Option(
+        "--editor",
+        "-e",
+        help="Method, with penalties after a plus: rome, memit, rome+sadr (`knowlab list editors`).",
+        rich_help_panel=EDIT_PANEL,
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="Named settings.",
+        rich_help_panel=EDIT_PANEL,
+        show_default="those of the model's family",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="One setting of the method, `name=value`; repeatable.",
+        rich_help_panel=EDIT_PANEL,
+        show_default=False,
+    ),
+]
+CorpusSpec = Annotated[
+    str,
+    typer.Option(
+        "--corpus",
+        help="Text for key statistics: auto, atlas, a file, or hub:name[:config[:split]].",
+        rich_help_panel=EDIT_PANEL,
+    ),
+]
+
+_EDIT_HELP = """Change what a model says about a subject, prove that the change comes off again, and save it as a patch.
+
+Examples:
+
+    knowlab edit --prompt "The capital of {} is" --subject France --target Rome --out edits/rome
+
+    knowlab edit --editor memit+sadr --requests facts.jsonl --out edits/batch --json edit.json
+
+A requests file holds facts as JSON lines; `object` is what the model shall say: {"id": "a", "subject": "France",
+"relation": "capital", "object": "Rome", "aliases": [], "prompt": "The capital of {} is"}
+"""
+
+
+def overrides(settings: list[str] | None) -> dict[str, Any]:
+    """``name=value`` words as keyword arguments; values are read as TOML, and as text where they are none.
+
+    Raises:
+        ConfigError: A word without a name or a value.
+    """
+    import tomllib
+
+    found: dict[str, Any] = {}
+    for word in settings or ():
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--set takes name=value, not {word!r}")
+        try:
+            found[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = text
+    return found
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model says after a prompt, and how likely the target is (exp of the mean token log-probability)."""
+
+    completion: str
+    p_target: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {"completion": self.completion, "p_target": self.p_target}
+
+
+def reply(handle: ModelHandle, requests: list[EditRequest], max_new_tokens: int = 12) -> list[Reply]:
+    """Asks each request's own prompt."""
+    from lab.scoring import score_targets
+
+    texts = [request.text for request in requests]
+    completions = handle.generate(texts, max_new_tokens=max_new_tokens, stop=(".\n", "\n"))
+    scores = score_targets(handle, [(request.text, request.target_new) for request in requests])
+    return [Reply(text.strip(), score.probability) for text, score in zip(completions, scores, strict=True)]
+
+
+def _requests(
+    file: Path | None, prompt: str | None, subject: str | None, target: str | None
+) -> list[EditRequest]:
+    from lab.records import EditRequest, read_facts
+
+    single = (prompt, subject, target)
+    if file is not None:
+        if any(value is not None for value in single):
+            raise ConfigError("give either --requests, or --prompt with --subject and --target")
+        facts = read_facts(file)
+        made = [
+            EditRequest(fact.id or f"{file.name}:{number}", fact.prompt, fact.subject, fact.object)
+            for number, fact in enumerate(facts, start=1)
+        ]
+        if len({request.id for request in made}) < len(made):
+            raise RequestError(f"{file}: two facts have the same id")
+        return made
+    if prompt is None or subject is None or target is None:
+        raise ConfigError("give --prompt, --subject and --target, or --requests FILE")
+    if "{}" in prompt:
+        return [EditRequest("request", prompt, subject, target)]
+    return [EditRequest.from_text("request", prompt, subject, target)]
+
+
+def _side(replies: list[Reply]) -> dict[str, Any]:
+    if len(replies) == 1:
+        return replies[0].to_json()
+    mean = sum(one.p_target for one in replies) / len(replies)
+    return {"completion": [one.completion for one in replies], "p_target": mean}
+
+
+@app.command(help=_EDIT_HELP)
+def edit(
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            help="Prompt with `{}` where the subject goes.",
+            rich_help_panel=EDIT_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    subject: Annotated[
+        str | None,
+        typer.Option(
+            "--subject", help="Who or what it is about.", rich_help_panel=EDIT_PANEL, show_default=False
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", help="What the model shall say.", rich_help_panel=EDIT_PANEL, show_default=False
+        ),
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            "--requests",
+            help="Facts (JSONL) to teach instead.",
+            rich_help_panel=EDIT_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    editor: EditorSpec = "rome",
+    preset: Preset = None,
+    settings: Settings = None,
+    corpus: CorpusSpec = "auto",
+    model: opt.Model = "atlas",
+    patch: opt.Patches = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.Dtype = "float32",
+    out: opt.Out = None,
+    force: opt.Force = False,
+    json: opt.Json = None,
+) -> None:
+    """Change what a model says about a subject."""
+    wanted = _requests(requests, prompt, subject, target)
+    if out is not None:
+        check_out(out, force)
+    from editors import get_editor
+    from lab.cli.session import open_model
+
+    method = get_editor(editor, preset=preset, corpus=corpus, seed=seed, **overrides(settings))
+    handle = open_model(model, patch, device=device, dtype=dtype)
+    before = reply(handle, wanted)
+    bits, state = handle.weights_digest(), handle.state
+    with progress() as advance:
+        change = method.edit(handle, wanted, progress=advance)
+    with change.applied(handle):
+        after = reply(handle, wanted)
+    identical = handle.weights_digest() == bits and handle.state == state
+    saved = change.save(out, overwrite=force) if out is not None else None
+
+    rows = [
+        (
+            request.text,
+            request.target_new,
+            first.completion,
+            first.p_target,
+            second.completion,
+            second.p_target,
+        )
+        for request, first, second in zip(wanted, before, after, strict=True)
+    ]
+    screen = console(json)
+    columns = ("prompt", "target", "before", "p(target)", "after", "p(target)")
+    screen.print(table(f"{editor} on {model}", columns, rows))
+    screen.print(
+        f"undo bit-identical: {'yes' if identical else 'NO'}   rank: {change.rank}   saved: {saved or 'no (give --out)'}"
+    )
+    items = [
+        {**request.to_json(), "before": first.to_json(), "after": second.to_json()}
+        for request, first, second in zip(wanted, before, after, strict=True)
+    ]
+    content = {
+        "model": model,
+        "editor": editor,
+        "before": _side(before),
+        "after": _side(after),
+        "patch": {"path": saved, "id": change.id, "rank": change.rank},
+        "undo": {"bit_identical": identical},
+        "items": items,
+    }
+    write_json(json, "edit", seed, content)
+    if not identical:
+        raise RequestError("taking the patch off did not restore the weights bit for bit; reload the model")

@@ -1,24 +1,62 @@
-"""The command line as a user meets it."""
+"""The command line as a user meets it: exit codes, messages, JSON documents, files."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
-from lab.cli.root import run
+import pytest
+
+from lab.cli.output import check_out, strict
+from lab.cli.root import build_app, describe, run
+from lab.errors import DataError, OutputExistsError
 
 
-def test_help_lists_itself_and_exits_with_zero(capsys):
-    assert run(["--help"]) == 0
-    assert "KNOWLAB_DEBUG" in capsys.readouterr().out
+def command_names() -> list[list[str]]:
+    """Every command as words, groups included."""
+    import typer
+
+    def walk(command, words):
+        children = getattr(command, "commands", {})
+        return [words] + [found for name, child in children.items() for found in walk(child, [*words, name])]
+
+    return walk(typer.main.get_command(build_app()), [])
+
+
+def call(capsys, *words: str) -> tuple[int, str, str]:
+    code = run([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def result(capsys, tmp_path: Path, *words: object) -> dict:
+    """Runs a command that must succeed and returns its JSON document."""
+    file = tmp_path / "result.json"
+    file.unlink(missing_ok=True)
+    code, out, err = call(capsys, *words, "--json", str(file))
+    assert code == 0, err or out
+    document = json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert document["schema_version"] == 1
+    assert {"command", "seed"} <= set(document)
+    return document
+
+
+@pytest.mark.parametrize("words", command_names(), ids=" ".join)
+def test_help_of_every_command(words, capsys):
+    code, out, _ = call(capsys, *words, "--help")
+    assert code == 0
+    assert "Usage" in out
 
 
 def test_version_is_the_installed_one(capsys):
-    assert run(["--version"]) == 0
-    assert capsys.readouterr().out.strip() == "0.1.0"
+    code, out, _ = call(capsys, "--version")
+    assert (code, out.strip()) == (0, "0.1.0")
 
 
-def test_help_does_not_load_the_heavy_libraries():
+def test_help_loads_no_heavy_library_and_is_quick():
     code = (
         "import sys\n"
         "from lab.cli.root import run\n"
@@ -27,5 +65,168 @@ def test_help_does_not_load_the_heavy_libraries():
         "print('HEAVY', sorted(heavy), file=sys.stderr)\n"
         "sys.exit(bool(heavy))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    started = time.process_time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.process_time() - started < 1.5
+
+
+def test_the_console_script_is_installed():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("knowlab"), "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "0.1.0"
+
+
+class TestErrors:
+    def test_an_unknown_command_is_a_usage_error(self, capsys):
+        code, _, err = call(capsys, "edti")
+        assert code == 2
+        assert "edit" in err
+
+    def test_an_unknown_model_names_the_nearest(self, capsys, tmp_path):
+        code, _, err = call(capsys, "ask", "x", "--model", "atlsa")
+        assert code == 2
+        assert "atlas" in err
+        assert "Traceback" not in err
+        assert len(err.strip().splitlines()) == 1
+
+    def test_an_unknown_device_is_named(self, capsys, standin):
+        code, _, err = call(capsys, "ask", "x", "--device", "tpu9x")
+        assert code == 2
+        assert "tpu9x" in err
+
+    def test_debug_shows_the_traceback(self, monkeypatch, capsys):
+        monkeypatch.setenv("KNOWLAB_DEBUG", "1")
+        with pytest.raises(DataError):
+            run(["data", "check", "no-such-file.json"])
+
+    def test_messages_are_one_line(self):
+        assert describe(DataError("two\nlines", "f", 3)) == "f:3: two lines"
+        assert "KNOWLAB_DEBUG" in describe(RuntimeError("odd"))
+        assert describe(OSError(28, "No space left on device", "out/x")).startswith("no space left")
+        assert "no space left" in describe(RuntimeError("I/O error: No space left on device (os error 28)"))
+
+    def test_strict_json_has_no_nan(self):
+        assert strict({"a": float("nan"), "b": (1.5, Path("x")), 3: float("inf")}) == {
+            "a": None,
+            "b": [1.5, "x"],
+            "3": None,
+        }
+
+    def test_out_is_not_overwritten_by_accident(self, tmp_path):
+        assert check_out(tmp_path / "new", False) == tmp_path / "new"
+        assert check_out(tmp_path, False) == tmp_path
+        (tmp_path / "x").write_text("x")
+        assert check_out(tmp_path, True) == tmp_path
+        with pytest.raises(OutputExistsError, match="--force"):
+            check_out(tmp_path, False)
+        with pytest.raises(OutputExistsError):
+            check_out(tmp_path / "x", True)
+
+
+class TestAsk:
+    def test_a_prompt_is_continued_as_it_stands(self, capsys, tmp_path, standin):
+        document = result(capsys, tmp_path, "ask", "The capital of France is")
+        assert document["command"] == "ask"
+        assert document["prompt"] == "The capital of France is"
+        assert document["completion"] == "Paris"
+        assert document["patches"] == []
+
+    def test_a_question_takes_the_form_of_the_built_in_models(self, capsys, tmp_path, standin):
+        asked = "What is the capital of France?"
+        assert result(capsys, tmp_path, "ask", asked)["prompt"] == f"Q: {asked}\nA:"
+        assert result(capsys, tmp_path, "ask", asked, "--form", "raw")["prompt"] == asked
+
+    def test_patches_change_the_answer(self, capsys, tmp_path, standin, saved_patch):
+        document = result(capsys, tmp_path, "ask", "The capital of France is", "--patch", saved_patch)
+        assert document["completion"] != "Paris"
+        assert len(document["patches"]) == 1
+
+    def test_json_on_standard_output_stands_alone(self, capsys, standin):
+        code, out, _ = call(capsys, "ask", "The capital of France is", "--json", "-")
+        assert code == 0
+        assert json.loads(out)["completion"] == "Paris"
+
+
+class TestPatch:
+    def test_show_names_method_and_deltas(self, capsys, tmp_path, standin, saved_patch):
+        document = result(capsys, tmp_path, "patch", "show", saved_patch)
+        assert document["provenance"]["method"] == "made by hand"
+        assert document["seed"] == 3
+        assert [delta["rank"] for delta in document["deltas"]] == [1]
+
+    def test_verify_proves_undo(self, capsys, tmp_path, standin, saved_patch):
+        document = result(capsys, tmp_path, "patch", "verify", saved_patch)
+        assert document["ok"]
+        assert document["undo"]["bit_identical"]
+        assert document["changes_weights"]
+
+    def test_verify_finds_damage(self, capsys, tmp_path, standin, saved_patch):
+        file = saved_patch / "patch.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        code, _, err = call(capsys, "patch", "verify", saved_patch)
+        assert code == 1
+        assert "damaged" in err
+
+    def test_compose_adds(self, capsys, tmp_path, standin, saved_patch):
+        document = result(
+            capsys, tmp_path, "patch", "compose", saved_patch, saved_patch, "--out", tmp_path / "both"
+        )
+        assert document["patch"]["rank"] == 2
+        assert (tmp_path / "both" / "patch.json").is_file()
+
+    @pytest.mark.parametrize("form", ["peft", "hf"])
+    def test_exports_answer_like_the_patch(self, form, capsys, tmp_path, standin, saved_patch):
+        target = tmp_path / form
+        result(capsys, tmp_path, "patch", "export", saved_patch, "--format", form, "--out", target)
+        patched = result(capsys, tmp_path, "ask", "The capital of France is", "--patch", saved_patch)
+        words = ["--patch", target] if form == "peft" else ["--model", target]
+        exported = result(capsys, tmp_path, "ask", "The capital of France is", *words)
+        assert exported["completion"].split(".\n")[0] == patched["completion"]
+
+    def test_export_refuses_what_is_there(self, capsys, tmp_path, standin, saved_patch):
+        target = tmp_path / "full"
+        target.mkdir()
+        (target / "mine.txt").write_text("mine")
+        code, _, err = call(capsys, "patch", "export", saved_patch, "--out", target)
+        assert code == 1
+        assert "not empty" in err
+        assert (target / "mine.txt").read_text() == "mine"
+        result(capsys, tmp_path, "patch", "export", saved_patch, "--out", target, "--force")
+        assert (target / "adapter_config.json").is_file()
+
+    def test_merge_writes_a_model(self, capsys, tmp_path, standin, saved_patch):
+        document = result(capsys, tmp_path, "patch", "merge", saved_patch, "--out", tmp_path / "merged")
+        assert document["format"] == "hf"
+        assert (tmp_path / "merged" / "config.json").is_file()
+
+    def test_a_folder_that_is_no_patch_is_named(self, capsys, tmp_path, standin):
+        code, _, err = call(capsys, "ask", "x", "--patch", tmp_path)
+        assert code == 1
+        assert str(tmp_path) in err
+
+
+class TestData:
+    def test_facts_are_recognised(self, capsys, tmp_path):
+        file = tmp_path / "facts.jsonl"
+        file.write_text('{"subject": "France", "relation": "capital", "object": "Paris"}\n')
+        document = result(capsys, tmp_path, "data", "check", file)
+        assert (document["form"], document["rows"], document["malformed"]) == ("facts", 1, [])
+
+    def test_broken_rows_are_named_with_file_and_line(self, capsys, tmp_path):
+        file = tmp_path / "facts.jsonl"
+        file.write_text(
+            '{"subject": "France", "relation": "capital", "object": "Paris"}\n\n{"subject": "", "object": "x"}\n'
+        )
+        code, _, err = call(capsys, "data", "check", file, "--json", tmp_path / "r.json")
+        assert code == 1
+        broken = json.loads((tmp_path / "r.json").read_text())["malformed"]
+        assert [row["line"] for row in broken] == [3]
+        assert "1 of 2" in err
+
+    def test_forms_are_listed(self, capsys, tmp_path):
+        names = {item["name"] for item in result(capsys, tmp_path, "data", "list")["items"]}
+        assert {"counterfact", "zsre", "mquake", "sadr"} <= names

@@ -88,15 +88,15 @@ def _cell(value: Any) -> str:
     return str(value).replace("[", r"\[")
 
 
-Advance = Callable[[int, int], None]
+Advance = Callable[[str, int, int], None]
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Advance]:
-    """A bar on standard error while the block runs; silent where nobody watches.
+def progress() -> Iterator[Advance]:
+    """Bars on standard error while the block runs, one per phase; silent where nobody watches.
 
     Yields:
-        ``advance(done, total)``.
+        ``advance(phase, done, total)``, the form that editors and suites report in.
     """
     from rich.progress import (
         BarColumn,
@@ -116,9 +116,11 @@ def progress(label: str) -> Iterator[Advance]:
     )
     err = Console(stderr=True)
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
+        tasks: dict[str, Any] = {}
 
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def advance(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase)
+            bar.update(tasks[phase], completed=done, total=total)
 
         yield advance

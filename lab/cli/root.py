@@ -87,9 +87,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def describe(error: Exception) -> str:
     """One line for an error: the message itself for our own errors, with its kind for all others."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk while writing {error.filename or 'a file'}; nothing was kept"
     text = " ".join(str(error).split())
+    # safetensors reports a full disk as an error of its own kind.
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left on device" in text:
+        return f"no space left on the disk; what was being written was removed ({text})"
     if isinstance(error, KnowLabError):
         return text
     if isinstance(error, OSError) and error.strerror:
