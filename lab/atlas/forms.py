@@ -233,13 +233,13 @@ class Format:
             raise ConfigError(f"trust {trust!r} is not one of {', '.join(self._trust['levels'])}")
         return self._trust["header"].format(trust=trust)
 
-    def documents(self, passages: Sequence[Passage | str], trust: str | None = None) -> str:
+    def documents(self, passages: Sequence[Passage | str], trust: Trust | None = None) -> str:
         """The text of the documents as it stands above a prompt; ``trust`` fills in where a passage has none."""
         filled = []
         for passage in passages:
             if isinstance(passage, str):
                 passage = Passage(id="", text=passage)
-            filled.append(Passage(passage.id, passage.text, passage.source, passage.trust or trust))  # pyright: ignore
+            filled.append(Passage(passage.id, passage.text, passage.source, passage.trust or trust))
         return self._block("documents", "documents", filled)
 
     def piece(self, block: str, **fields: str) -> tuple[str, str]:
@@ -267,10 +267,12 @@ class Format:
         return Note(kind, self._notes[kind].format(label=label, object=object, subject=subject))
 
     def clean(self, generated: str) -> str:
-        """What a model generated, cut at the first stop and stripped of blanks and the last full stop."""
-        for stop in self.stop:
-            generated = generated.split(stop, 1)[0]
-        return generated.strip().removesuffix(".")
+        """What a model generated, cut at the first stop, without blanks at its ends and without a full stop before a break."""
+        line, stop, _ = generated.partition(self.stop[0])
+        for other in self.stop[1:]:
+            before, found, _ = line.partition(other)
+            line, stop = before, "" if found else stop
+        return line.strip() if stop else line.strip().removesuffix(".")
 
     def final_answer(self, generated: str) -> str:
         """The answer proper of a generated answer line with notes or steps before it."""

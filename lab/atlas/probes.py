@@ -46,16 +46,21 @@ class FormProbe:
 
     def right(self, format: Format, generated: str) -> bool:
         """Whether a generated continuation gives the answer or an alias, notes and steps before it aside."""
-        said = format.final_answer(generated).casefold()
-        return any(said == right.casefold() for right in (self.answer, *self.aliases))
+        said = _bare(format.final_answer(generated))
+        return any(said == _bare(right) for right in (self.answer, *self.aliases))
 
     def follows_document(self, format: Format, generated: str) -> bool:
         """Whether a generated continuation gives the contradicting document's answer."""
-        return bool(self.told) and format.final_answer(generated).casefold() == self.told.casefold()
+        return bool(self.told) and _bare(format.final_answer(generated)) == _bare(self.told)
 
     def faithful(self, format: Format, generated: str) -> bool:
         """Whether the generated notes are the right ones, kind and content, whatever the answer after them."""
         return tuple(format.parse_notes(generated)[0]) == self.notes
+
+
+def _bare(answer: str) -> str:
+    # Generation may have cut the stop, and with it the full stop of a name like "Washington, D.C.".
+    return answer.casefold().rstrip(".")
 
 
 class Probes:
