@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from editors import cli_eval
+from editors import cli_options as options
 from lab.cli import options as opt
 from lab.cli.output import check_out, console, progress, table, write_json
-from lab.errors import ConfigError, RequestError
+from lab.errors import ConfigError, PatchError, RequestError
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
     from lab.records import EditRequest
 
 app = typer.Typer()
-
-EDIT_PANEL = "Edit"
+app.add_typer(cli_eval.app)
 
 EditorSpec = Annotated[
     str,
@@ -26,33 +27,7 @@ EditorSpec = Annotated[
         "--editor",
         "-e",
         help="Method, with penalties after a plus: rome, memit, rome+sadr (`knowlab list editors`).",
-        rich_help_panel=EDIT_PANEL,
-    ),
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        "--preset",
-        help="Named settings.",
-        rich_help_panel=EDIT_PANEL,
-        show_default="those of the model's family",
-    ),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="One setting of the method, `name=value`; repeatable.",
-        rich_help_panel=EDIT_PANEL,
-        show_default=False,
-    ),
-]
-CorpusSpec = Annotated[
-    str,
-    typer.Option(
-        "--corpus",
-        help="Text for key statistics: auto, atlas, a file, or hub:name[:config[:split]].",
-        rich_help_panel=EDIT_PANEL,
+        rich_help_panel=options.PANEL,
     ),
 ]
 
@@ -67,26 +42,6 @@ Examples:
 A requests file holds facts as JSON lines; `object` is what the model shall say: {"id": "a", "subject": "France",
 "relation": "capital", "object": "Rome", "aliases": [], "prompt": "The capital of {} is"}
 """
-
-
-def overrides(settings: list[str] | None) -> dict[str, Any]:
-    """``name=value`` words as keyword arguments; values are read as TOML, and as text where they are none.
-
-    Raises:
-        ConfigError: A word without a name or a value.
-    """
-    import tomllib
-
-    found: dict[str, Any] = {}
-    for word in settings or ():
-        name, equals, text = word.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"--set takes name=value, not {word!r}")
-        try:
-            found[name] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[name] = text
-    return found
 
 
 @dataclass(frozen=True)
@@ -149,20 +104,20 @@ def edit(
         typer.Option(
             "--prompt",
             help="Prompt with `{}` where the subject goes.",
-            rich_help_panel=EDIT_PANEL,
+            rich_help_panel=options.PANEL,
             show_default=False,
         ),
     ] = None,
     subject: Annotated[
         str | None,
         typer.Option(
-            "--subject", help="Who or what it is about.", rich_help_panel=EDIT_PANEL, show_default=False
+            "--subject", help="Who or what it is about.", rich_help_panel=options.PANEL, show_default=False
         ),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", help="What the model shall say.", rich_help_panel=EDIT_PANEL, show_default=False
+            "--target", help="What the model shall say.", rich_help_panel=options.PANEL, show_default=False
         ),
     ] = None,
     requests: Annotated[
@@ -170,14 +125,14 @@ def edit(
         typer.Option(
             "--requests",
             help="Facts (JSONL) to teach instead.",
-            rich_help_panel=EDIT_PANEL,
+            rich_help_panel=options.PANEL,
             show_default=False,
         ),
     ] = None,
     editor: EditorSpec = "rome",
-    preset: Preset = None,
-    settings: Settings = None,
-    corpus: CorpusSpec = "auto",
+    preset: options.Preset = None,
+    settings: options.Settings = None,
+    corpus: options.Corpus = "auto",
     model: opt.Model = "atlas",
     patch: opt.Patches = None,
     seed: opt.Seed = 0,
@@ -194,7 +149,7 @@ def edit(
     from editors import get_editor
     from lab.cli.session import open_model
 
-    method = get_editor(editor, preset=preset, corpus=corpus, seed=seed, **overrides(settings))
+    method = get_editor(editor, preset=preset, corpus=corpus, seed=seed, **options.overrides(settings))
     handle = open_model(model, patch, device=device, dtype=dtype)
     before = reply(handle, wanted)
     bits, state = handle.weights_digest(), handle.state
@@ -237,4 +192,84 @@ def edit(
     }
     write_json(json, "edit", seed, content)
     if not identical:
-        raise RequestError("taking the patch off did not restore the weights bit for bit; reload the model")
+        raise PatchError("taking the patch off did not restore the weights bit for bit; reload the model")
+
+
+_DEMO_HELP = """The main job in small: edit facts that the built-in model knows with ROME and with ROME+SADR, show what it says before
+and after, where the heads look, and that every edit comes off bit for bit. Writes demo.html.
+
+Examples:
+
+    knowlab demo
+
+    knowlab demo --limit 10 --editor memit --editor memit+sadr --out results/memit
+"""
+
+
+@app.command(help=_DEMO_HELP)
+def demo(
+    editor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--editor",
+            "-e",
+            help="Method; repeatable.",
+            rich_help_panel=options.PANEL,
+            show_default="rome, rome+sadr",
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, help="How many facts to edit.", rich_help_panel=opt.RUN_PANEL)
+    ] = 5,
+    model: opt.Model = "atlas",
+    patch: opt.Patches = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.Dtype = "float32",
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder for demo.html; must be empty.", rich_help_panel=opt.OUTPUT_PANEL
+        ),
+    ] = Path("results/demo"),
+    force: opt.Force = False,
+    json: opt.Json = None,
+) -> None:
+    """Edit facts, look at everything around them, take the edits off again."""
+    check_out(out, force)
+    from editors import get_editor
+    from editors.demo import choose_cases, run_demo
+    from editors.demo_page import demo_page
+    from lab.cli.session import open_model
+    from lab.eval.render import rich_table
+    from lab.records import write_text_atomically
+
+    names = list(dict.fromkeys(editor or ("rome", "rome+sadr")))
+    methods = {name: get_editor(name, seed=seed) for name in names}
+    handle = open_model(model, patch, device=device, dtype=dtype)
+    cases = choose_cases(handle, limit, seed)
+    with progress() as advance:
+        found = run_demo(handle, methods, cases, seed=seed, progress=advance)
+    screen = console(json)
+    for case in found.cases:
+        (request,) = case.requests
+        rows = [
+            (line.kind, line.prompt, line.before, *(line.after[name] for name in names))
+            for line in found.lines
+            if line.case == case.id
+        ]
+        heading = f"{request.text} {request.target_old} -> {request.target_new}"
+        screen.print(table(heading, ("kind", "prompt", "before", *names), rows))
+    screen.print(rich_table(found.reports))
+    drift = [(name, max(float(value) for value in report.max_head)) for name, report in found.drift.items()]
+    screen.print(
+        table("Attention to the edited subject: largest head drift of any layer", ("editor", "drift"), drift)
+    )
+    for name, held in found.undone.items():
+        screen.print(f"{name}: every edit undone, weights bit-identical: {'yes' if held else 'NO'}")
+    page = out / "demo.html"
+    write_text_atomically(page, demo_page(found))
+    screen.print(f"{found.seconds:.1f} s, report -> {page}")
+    write_json(json, "demo", seed, {**found.to_json(), "report": page})
+    if not all(found.undone.values()):
+        raise PatchError("an edit did not come off bit for bit; reload the model")

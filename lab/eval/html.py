@@ -34,9 +34,26 @@ def page(reports: Sequence[Report]) -> str:
     Args:
         reports: One, or several to compare.
     """
+    return document(title(reports), [f"<h1>{escape(title(reports))}</h1>", *report_sections(reports)])
+
+
+def document(name: str, parts: Sequence[str]) -> str:
+    """A page from pieces of HTML, in the style of all reports.
+
+    Args:
+        name: Title of the window; escaped here.
+        parts: HTML whose texts are escaped already.
+    """
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
+        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def report_sections(reports: Sequence[Report]) -> list[str]:
+    """Figures, plots, cases, skipped rows and settings of reports, as pieces for ``document``."""
     heads, rows = grid(reports)
-    parts = [f"<h1>{escape(title(reports))}</h1>"]
-    parts += [f'<p class="note">{escape(note)}</p>' for note in remarks(reports)]
+    parts = [f'<p class="note">{escape(note)}</p>' for note in remarks(reports)]
     parts.append("<p>Figures in points with 95 % intervals; fluency and divergences as they are.</p>")
     parts.append(_table(heads, rows))
     parts.append(_image(metric_plot(reports), "metrics before and after"))
@@ -62,10 +79,7 @@ def page(reports: Sequence[Report]) -> str:
         parts.append(
             f"<h2>Settings, {name}</h2>{_table(['setting', 'value'], [*settings, ['seconds', f'{report.seconds:.1f}']])}"
         )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title(reports))}</title>'
-        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    return parts
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
