@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from lab.arch import Role
 from lab.errors import DataError
+from lab.files import replacing
 from lab.moments import KeyStats, Progress, collect_key_stats, default_tokens
 from lab.solve import Factor, Projector, emmet_factors, woodbury_factors, woodbury_update
 from lab.sources import TextSource, text_source
@@ -182,16 +182,9 @@ def save_stats(path: Path, key: str, stats: KeyStats) -> None:
         "warning": stats.warning,
         "digest": _moment_digest(stats.moment),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".stats-")
-    os.close(descriptor)
-    try:
-        tensors = {"moment": stats.moment.contiguous(), "count": torch.tensor(stats.count, dtype=torch.int64)}
+    tensors = {"moment": stats.moment.contiguous(), "count": torch.tensor(stats.count, dtype=torch.int64)}
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"knowlab": json.dumps(meta)})
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load_stats(path: Path, key: str) -> KeyStats:
