@@ -230,3 +230,38 @@ class TestData:
     def test_forms_are_listed(self, capsys, tmp_path):
         names = {item["name"] for item in result(capsys, tmp_path, "data", "list")["items"]}
         assert {"counterfact", "zsre", "mquake", "sadr"} <= names
+
+
+class TestTrace:
+    def test_numbers_and_map(self, capsys, tmp_path, standin):
+        png = tmp_path / "trace.png"
+        words = [
+            "--prompt",
+            "The capital of {} is",
+            "--subject",
+            "France",
+            "--kind",
+            "mlp",
+            "--samples",
+            "2",
+            "--png",
+            png,
+        ]
+        document = result(capsys, tmp_path, "trace", *words)
+        assert document["answer"].strip() in "Paris"
+        assert document["clean"] > document["corrupted"]
+        start, stop = document["subject_tokens"]
+        assert "".join(document["tokens"][start:stop]).strip() == "France"
+        assert len(document["effects"]) == len(document["tokens"])
+        assert png.read_bytes().startswith(b"\x89PNG")
+
+    def test_drift_of_a_patch(self, capsys, tmp_path, standin, saved_patch):
+        words = ["--prompt", "The capital of {} is", "--subject", "France", "--drift", saved_patch]
+        document = result(capsys, tmp_path, "trace", *words)
+        assert len(document["max_head_drift"]) == 3
+        assert any(value != 0 for value in document["max_head_drift"])
+
+    def test_a_subject_that_does_not_occur(self, capsys, standin):
+        code, _, err = call(capsys, "trace", "--prompt", "The capital of Japan is", "--subject", "France")
+        assert code == 1
+        assert "France" in err
