@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def heat_map(
         axes[1].set(xlabel=name)
         axes[1].axvline(0.0, color="black", linewidth=0.6)
     target = Path(path)
-    with replacing(target) as temporary:
+    with replacing(target) as temporary, warnings.catch_warnings():
+        # Token texts may be in scripts that the built-in font lacks; boxes are drawn in their place.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary, dpi=120, format="png")
     return target
 
