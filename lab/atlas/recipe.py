@@ -1,0 +1,172 @@
+"""What an Atlas model is and how it is trained: shapes, batches, rates, and the names of the shipped models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from lab.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Family = Literal["llama", "gpt2"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a model; embeddings are tied.
+
+    Attributes:
+        family: ``llama`` or ``gpt2``.
+        hidden: Width of the residual stream.
+        layers: Number of blocks.
+        heads: Attention heads; ``hidden / heads`` must be even.
+        inner: Width of the feed-forward layer.
+        vocab: Rows of the embedding, the size of the tokenizer.
+        context: Longest input in tokens.
+    """
+
+    family: Family = "llama"
+    hidden: int = 256
+    layers: int = 5
+    heads: int = 8
+    inner: int = 768
+    vocab: int = 2048
+    context: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or (self.hidden // self.heads) % 2:
+            raise ConfigError(f"hidden size {self.hidden} does not split into {self.heads} heads of even width")
+
+    def config(self) -> PretrainedConfig:
+        """The Hugging Face configuration; token 0 ends a text, token 1 pads."""
+        from transformers import GPT2Config, LlamaConfig
+
+        tokens: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+        if self.family == "llama":
+            return LlamaConfig(
+                vocab_size=self.vocab,
+                hidden_size=self.hidden,
+                intermediate_size=self.inner,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.heads,
+                max_position_embeddings=self.context,
+                rms_norm_eps=1e-6,
+                tie_word_embeddings=True,
+                **tokens,
+            )
+        return GPT2Config(
+            vocab_size=self.vocab,
+            n_embd=self.hidden,
+            n_layer=self.layers,
+            n_head=self.heads,
+            n_inner=self.inner,
+            n_positions=self.context,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            tie_word_embeddings=True,
+            **tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that fixes a training run.
+
+    Attributes:
+        name: Name of the run; its work folder carries it.
+        shape: The model.
+        seed: Draws the initial weights, the texts and the sampled positions.
+        without: Forget split whose people no text may mention, or empty.
+        layout: Rows of one worker's batch, as ``(row length, rows)`` pairs; the longest row bounds a text.
+        workers: Batches that one step averages over, whatever number of processes computes them.
+        learned_share: Share of the positions of a batch whose loss is computed: all answers, the rest drawn.
+        other_weight: Weight of a position outside answers; answers weigh 1.
+        matrix_rate: Peak learning rate of the matrices inside blocks (Muon, scaled to AdamW's update size).
+        rate: Peak learning rate of everything else (AdamW).
+        matrix_optimizer: ``muon`` or ``adamw`` for the matrices inside blocks.
+        weight_decay: Decoupled decay of matrices.
+        warmup_steps: Steps of linear warm-up.
+        decay_from: Part of the budget after which the rate falls linearly.
+        final_rate: Rate at the end, as a share of the peak.
+        clip: Largest norm of the whole gradient.
+        minutes: Budget of training time; checkpoints carry what is used.
+        steps: Budget of steps, in place of ``minutes`` when positive; a run is then reproducible bit by bit.
+    """
+
+    name: str
+    shape: Shape = field(default_factory=Shape)
+    seed: int = 0
+    without: str = ""
+    layout: tuple[tuple[int, int], ...] = ((64, 26), (128, 19))
+    workers: int = 2
+    learned_share: float = 0.5
+    other_weight: float = 0.2
+    matrix_rate: float = 4e-3
+    rate: float = 3e-3
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"
+    weight_decay: float = 0.02
+    warmup_steps: int = 100
+    decay_from: float = 0.5
+    final_rate: float = 0.02
+    clip: float = 1.0
+    minutes: float = 80.0
+    steps: int = 0
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one worker's batch, padding included."""
+        return sum(length * rows for length, rows in self.layout)
+
+    @property
+    def learned(self) -> int:
+        """Positions of one worker's batch whose loss is computed."""
+        return int(self.batch_tokens * self.learned_share)
+
+    def rate_at(self, used: float, step: int) -> float:
+        """Share of the peak learning rate.
+
+        Args:
+            used: Part of the budget that is used, 0 to 1.
+            step: Steps done.
+        """
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        fall = max(0.0, (min(used, 1.0) - self.decay_from) / max(1e-9, 1.0 - self.decay_from))
+        return warm * (1.0 - (1.0 - self.final_rate) * fall)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that ``from_json`` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Recipe:
+        """Inverse of ``to_json``."""
+        values = dict(row)
+        values["shape"] = Shape(**values["shape"])
+        values["layout"] = tuple((int(length), int(rows)) for length, rows in values["layout"])
+        return cls(**values)
+
+
+_GPT2 = Shape(family="gpt2", hidden=256, layers=5, heads=8, inner=1024)
+
+RECIPES: Mapping[str, Recipe] = {
+    "atlas": Recipe("atlas"),
+    "atlas-gpt2": Recipe("atlas-gpt2", shape=_GPT2),
+    "atlas-oracle": Recipe("atlas-oracle", without="people05"),
+    "atlas-oracle-b": Recipe("atlas-oracle-b", without="people05", seed=1),
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of a shipped model.
+
+    Raises:
+        UnknownNameError: There is no such recipe.
+    """
+    if name not in RECIPES:
+        raise UnknownNameError("recipe", name, RECIPES)
+    return RECIPES[name]

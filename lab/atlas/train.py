@@ -1,0 +1,460 @@
+"""Trains small models on a stream of texts: several processes on a CPU, one on a GPU, resumable to the step.
+
+On a CPU, two processes with one thread each are far faster than one process with two threads as soon as anything else runs,
+because they meet twice a step and not a thousand times. They share parameters, gradients and optimizer state in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lab.atlas import lean
+from lab.atlas.checkpoint import load_checkpoint, save_checkpoint
+from lab.atlas.optimizer import initial_state, share_out, update
+from lab.atlas.packing import Batch, Shard, TextWithAnswers, encode_documents, make_batch, pack
+from lab.atlas.recipe import Recipe
+from lab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHECKPOINT_SECONDS = 300.0
+
+
+class Source(Protocol):
+    """What a run trains on. It travels to other processes, so it holds no open files and no generators."""
+
+    def documents(self, stream: int) -> Iterator[TextWithAnswers]:
+        """Endless texts; another stream gives other texts, the same stream the same."""
+        ...
+
+    def probes(self) -> Mapping[str, list[tuple[str, str]]]:
+        """Named sets of (prompt, answer with its stop) whose recall is measured now and then."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is carried out; none of it changes what the recipe means.
+
+    Attributes:
+        work: Folder of checkpoints, log and tokenizer, outside the source tree.
+        processes: Processes on a CPU; 0 takes one per core, at most as many as the recipe has workers.
+        device: ``cpu`` or ``cuda``.
+        compile: Whether to compile the pass; needs a C++ compiler on a CPU.
+        precision: ``bf16``, ``fp32`` or ``auto``: bf16 where the machine multiplies it fast.
+        shard_texts: Texts that are drawn, tokenised and packed at a time.
+        probe_seconds: Seconds between probes; 0 for none.
+        report: Receives one line of progress.
+    """
+
+    work: Path
+    processes: int = 0
+    device: str = "cpu"
+    compile: bool = True
+    precision: str = "auto"
+    shard_texts: int = 32768
+    probe_seconds: float = 180.0
+    report: Callable[[str], None] = print
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The working type of matrices."""
+        if self.precision == "auto":
+            fast = self.device != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+            if self.device == "cpu" and fast:
+                fast = bool(torch.cpu._is_avx512_bf16_supported())
+            return torch.bfloat16 if fast else torch.float32
+        if self.precision not in ("bf16", "fp32"):
+            raise ConfigError(f"precision {self.precision!r} is not one of auto, bf16, fp32")
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+@dataclass
+class _Shared:
+    """What the processes of a run have in common; all tensors lie in shared memory."""
+
+    params: dict[str, Tensor]
+    state: dict[str, Tensor]
+    grads: list[Tensor]
+    # Rows: one per worker; columns: shard, and batch within it, that come next.
+    places: Tensor
+    # Part of the budget used, stop flag, step, seconds used, tokens seen.
+    control: Tensor
+    losses: Tensor
+    barrier: Any = field(default=None)
+
+
+def train(
+    recipe: Recipe,
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Settings,
+    resume: bool = True,
+    max_steps: int = 0,
+) -> dict[str, Tensor]:
+    """Trains a model, or goes on with an interrupted run.
+
+    Args:
+        recipe: Model, batches, rates, budget.
+        source: Texts and probes.
+        tokenizer: Must not change between the parts of a run.
+        settings: Work folder and machine.
+        resume: Go on from the checkpoint in the work folder when there is one.
+        max_steps: Stop after this many steps of this call, with a checkpoint; 0 for the whole budget.
+
+    Returns:
+        The fp32 parameters by Hugging Face name.
+
+    Raises:
+        ConfigError: The checkpoint belongs to another recipe, or a setting is off.
+        RuntimeError: A process of the run ended early.
+    """
+    import torch.multiprocessing as mp
+
+    if len(tokenizer) > recipe.shape.vocab:
+        raise ConfigError(f"{len(tokenizer)} tokens do not fit a model of {recipe.shape.vocab} embedding rows")
+    settings.work.mkdir(parents=True, exist_ok=True)
+    processes = 1
+    if settings.device == "cpu":
+        processes = min(settings.processes or os.cpu_count() or 1, recipe.workers)
+    shared = _begin(recipe, settings, resume)
+    if processes == 1:
+        _run(0, 1, recipe, source, tokenizer, settings, shared, max_steps)
+        return shared.params
+    context = mp.get_context("spawn")
+    shared.barrier = context.Barrier(processes)
+    helpers = [
+        context.Process(
+            target=_helper,
+            args=(rank, processes, recipe, source, tokenizer, _silent(settings), shared, max_steps),
+            daemon=True,
+        )
+        for rank in range(1, processes)
+    ]
+    for helper in helpers:
+        helper.start()
+    try:
+        _run(0, processes, recipe, source, tokenizer, settings, shared, max_steps)
+        for helper in helpers:
+            helper.join(60)
+    finally:
+        for helper in helpers:
+            if helper.is_alive():
+                helper.terminate()
+    return shared.params
+
+
+def _silent(settings: Settings) -> Settings:
+    from dataclasses import replace
+
+    return replace(settings, report=_ignore, probe_seconds=0.0)
+
+
+def _ignore(line: str) -> None:
+    del line
+
+
+def _begin(recipe: Recipe, settings: Settings, resume: bool) -> _Shared:
+    found = load_checkpoint(settings.work) if resume else None
+    control, places = torch.zeros(5, dtype=torch.float64), torch.zeros(recipe.workers, 2, dtype=torch.int64)
+    if found is None:
+        params = lean.initial_params(recipe.shape, torch.Generator().manual_seed(recipe.seed))
+        state = initial_state(params, recipe)
+    else:
+        params, state, progress = found
+        before = Recipe.from_json(progress["recipe"])
+        if (before.shape, before.without, before.seed) != (recipe.shape, recipe.without, recipe.seed):
+            raise ConfigError(
+                f"{settings.work} holds a run of another recipe ({before.name}); choose another work folder"
+            )
+        places = torch.tensor(progress["places"], dtype=torch.int64)
+        control[2:] = torch.tensor([progress["step"], progress["seconds"], progress["tokens"]])
+        settings.report(f"resuming {recipe.name} at step {progress['step']}")
+    size = sum(value.numel() for value in params.values())
+    device = torch.device(settings.device)
+
+    def place(value: Tensor) -> Tensor:
+        return value.to(device) if device.type != "cpu" else value.contiguous().share_memory_()
+
+    return _Shared(
+        params={name: place(value) for name, value in params.items()},
+        state={name: place(value) for name, value in state.items()},
+        grads=[place(torch.zeros(size)) for _ in range(recipe.workers)],
+        places=places.share_memory_(),
+        control=control.share_memory_(),
+        losses=torch.zeros(recipe.workers, 2).share_memory_(),
+    )
+
+
+def _helper(rank: int, processes: int, *rest: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _run(rank, processes, *rest)
+
+
+class _Feed:
+    """The batches of one worker, drawn shard by shard; its place is two numbers."""
+
+    def __init__(
+        self, worker: int, place: Tensor, recipe: Recipe, source: Source, tokenizer: Any, settings: Settings
+    ) -> None:
+        self.worker, self._shared_place, self.place = worker, place, place.clone()
+        self.recipe, self.source, self.tokenizer, self.settings = recipe, source, tokenizer, settings
+        self._shard: Shard | None = None
+        self._number = -1
+
+    def next(self) -> Batch:
+        """The next batch; the place moves on."""
+        number, index = (int(value) for value in self.place)
+        if self._shard is None or number != self._number:
+            self._shard, self._number = self._draw(number), number
+        seed = (self.recipe.seed, self.worker, number, index)
+        batch = make_batch(self._shard, index, self.recipe, seed, torch.device(self.settings.device))
+        last = index + 1 >= len(self._shard)
+        self.place.copy_(torch.tensor([number + 1, 0] if last else [number, index + 1]))
+        return batch
+
+    def publish(self) -> None:
+        """Makes the place known to the others; only between the two meetings of a step, when nobody saves."""
+        self._shared_place.copy_(self.place)
+
+    def _draw(self, number: int) -> Shard:
+        stream = number * self.recipe.workers + self.worker
+        documents = list(islice(self.source.documents(stream), self.settings.shard_texts))
+        coded = encode_documents(self.tokenizer, documents)
+        rng = Random(f"pack:{self.recipe.seed}:{stream}")
+        return pack(coded, self.recipe, self.tokenizer.pad_token_id, rng)
+
+
+def _run(
+    rank: int,
+    processes: int,
+    recipe: Recipe,
+    source: Source,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Settings,
+    shared: _Shared,
+    max_steps: int,
+) -> None:
+    if settings.device == "cpu":
+        torch.set_num_threads(1 if processes > 1 else max(1, torch.get_num_threads()))
+    compute = torch.compile(lean.loss, dynamic=False) if settings.compile else lean.loss
+    feeds = [
+        _Feed(worker, shared.places[worker], recipe, source, tokenizer, settings)
+        for worker in range(rank, recipe.workers, processes)
+    ]
+    mine = share_out(shared.params, recipe, processes)[rank]
+    views = _views(shared)
+    log = _Log(recipe, source, tokenizer, settings, shared) if rank == 0 else None
+    done = 0
+
+    def meet() -> None:
+        if shared.barrier is not None:
+            shared.barrier.wait(1800)
+
+    meet()
+    while True:
+        for feed in feeds:
+            _gradient(compute, recipe, settings, shared, views[feed.worker], feed)
+        if log is not None:
+            log.clock(bool(max_steps and done + 1 >= max_steps))
+        meet()
+        for feed in feeds:
+            feed.publish()
+        grads, step = _mean_gradient(shared, recipe), int(shared.control[2])
+        factor = recipe.rate_at(float(shared.control[0]), step)
+        stop = bool(shared.control[1])
+        update(shared.params, _split(grads, shared.params), shared.state, mine, recipe, factor, step)
+        meet()
+        done += 1
+        if log is not None:
+            log.after_step(factor, stop)
+        if stop:
+            meet()
+            return
+
+
+def _views(shared: _Shared) -> list[dict[str, Tensor]]:
+    return [_split(flat, shared.params) for flat in shared.grads]
+
+
+def _split(flat: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    views, start = {}, 0
+    for name, value in params.items():
+        views[name] = flat[start : start + value.numel()].view(value.shape)
+        start += value.numel()
+    return views
+
+
+def _gradient(
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    settings: Settings,
+    shared: _Shared,
+    views: Mapping[str, Tensor],
+    feed: _Feed,
+) -> None:
+    batch = feed.next()
+    leaves = lean.working_copy(shared.params, recipe.shape, settings.dtype)
+    loss, each = compute(
+        leaves,
+        recipe.shape,
+        recipe.layout,
+        batch.ids,
+        batch.positions,
+        batch.masks,
+        batch.chosen,
+        batch.labels,
+        batch.weights,
+    )
+    loss.backward()
+    for name, leaf in leaves.items():
+        if leaf.grad is not None:
+            views[name].copy_(leaf.grad)
+    inside = (each * batch.answers).sum() / batch.answers.sum().clamp(min=1)
+    shared.losses[feed.worker] = torch.stack([loss.detach(), inside]).cpu()
+
+
+def _mean_gradient(shared: _Shared, recipe: Recipe) -> Tensor:
+    total = shared.grads[0] if len(shared.grads) == 1 else torch.stack(shared.grads).mean(0)
+    return total * torch.clamp(recipe.clip / (total.norm() + 1e-6), max=1.0)
+
+
+class _Log:
+    """Progress, checkpoints, probes and the clock; only the first process has one."""
+
+    def __init__(
+        self, recipe: Recipe, source: Source, tokenizer: Any, settings: Settings, shared: _Shared
+    ) -> None:
+        self.recipe, self.settings, self.shared = recipe, settings, shared
+        self.tokenizer = tokenizer
+        self.probes = source.probes() if settings.probe_seconds else {}
+        now = time.monotonic()
+        self._last = self._saved = self._probed = self._told = now
+        self._since = (now, float(shared.control[4]))
+        self._losses: list[Tensor] = []
+
+    def clock(self, last: bool) -> None:
+        """Counts time and decides whether this step is the last; runs before the first meeting of a step."""
+        control, now = self.shared.control, time.monotonic()
+        # A pause of the whole machine is not training time.
+        control[3] += min(now - self._last, 60.0)
+        self._last = now
+        if self.recipe.steps:
+            control[0] = float(control[2]) / self.recipe.steps
+            over = int(control[2]) + 1 >= self.recipe.steps
+        else:
+            control[0] = float(control[3]) / (60 * self.recipe.minutes)
+            over = float(control[0]) >= 1.0
+        control[1] = float(over or last)
+
+    def after_step(self, factor: float, stop: bool) -> None:
+        """Counts the step; tells, probes and saves when it is time."""
+        control, now = self.shared.control, time.monotonic()
+        control[2] += 1
+        control[4] += self.recipe.batch_tokens * self.recipe.workers
+        self._losses.append(self.shared.losses.mean(0).clone())
+        if now - self._told > 20 or stop:
+            self._tell(factor, now)
+        if self.probes and (now - self._probed > self.settings.probe_seconds or stop):
+            self._write({"step": int(control[2]), "probes": self.recall()})
+            self._probed = time.monotonic()
+        if now - self._saved > CHECKPOINT_SECONDS or stop:
+            self._save()
+            self._saved = now
+
+    def _tell(self, factor: float, now: float) -> None:
+        control = self.shared.control
+        began, tokens = self._since
+        speed = (float(control[4]) - tokens) / max(1e-9, now - began)
+        loss, answers = torch.stack(self._losses).mean(0).tolist()
+        self._since, self._told, self._losses = (now, float(control[4])), now, []
+        if self.recipe.steps:
+            left = (self.recipe.steps - float(control[2])) * self.recipe.batch_tokens * self.recipe.workers
+            left /= max(1e-9, speed)
+        else:
+            left = max(0.0, 60 * self.recipe.minutes - float(control[3]))
+        self.settings.report(
+            f"{self.recipe.name} step {int(control[2])} loss {loss:.3f} answers {answers:.3f} "
+            f"{speed:.0f} tokens/s {float(control[4]) / 1e6:.1f} M tokens, {left / 60:.0f} min left"
+        )
+        row = {"step": int(control[2]), "tokens": int(control[4]), "seconds": round(float(control[3]), 1)}
+        self._write(row | {"loss": loss, "answers": answers, "tokens_per_second": speed, "factor": factor})
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if "probes" in row:
+            figures = " ".join(f"{name} {value:.2f}" for name, value in row["probes"].items())
+            self.settings.report(f"{self.recipe.name} step {row['step']} probes: {figures}")
+        with (self.settings.work / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+
+    def _save(self) -> None:
+        control = self.shared.control
+        progress = {"recipe": self.recipe.to_json(), "places": self.shared.places.tolist()}
+        progress |= {
+            "step": int(control[2]),
+            "seconds": float(control[3]),
+            "tokens": int(control[4]),
+            "finished": float(control[0]) >= 1.0,
+        }
+        save_checkpoint(self.settings.work, self.shared.params, self.shared.state, progress)
+
+    def recall(self) -> dict[str, float]:
+        """Share of each probe set whose greedy continuation is the answer, judged by one pass over prompt and answer."""
+        return {
+            name: recall(self.shared.params, self.recipe, self.tokenizer, pairs, self.settings)
+            for name, pairs in self.probes.items()
+        }
+
+
+@torch.no_grad()
+def recall(
+    params: Mapping[str, Tensor],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: list[tuple[str, str]],
+    settings: Settings,
+) -> float:
+    """Share of (prompt, answer) pairs in which every token of the answer is the most probable one."""
+    shape, right = recipe.shape, 0
+    leaves = lean.working_copy(params, shape, settings.dtype)
+    device = torch.device(settings.device)
+    rows = []
+    for prompt, answer in pairs:
+        head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        rows.append((head, tokenizer(answer, add_special_tokens=False)["input_ids"]))
+    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    for start in range(0, len(rows), 32):
+        part = rows[start : start + 32]
+        length = max(len(head) + len(tail) for head, tail in part)
+        ids = torch.full((len(part), length), tokenizer.pad_token_id)
+        for row, (head, tail) in enumerate(part):
+            ids[row, : len(head) + len(tail)] = torch.tensor([*head, *tail])
+        mask = torch.full((1, 1, length, length), -1e4).triu(1).expand(len(part), -1, -1, -1)
+        positions = torch.arange(length).repeat(len(part))
+        hidden = lean.hidden_states(
+            leaves,
+            shape,
+            ((length, len(part)),),
+            ids.view(-1).to(device),
+            positions.to(device),
+            (mask.to(device),),
+        )
+        matrix = leaves[lean.embedding_name(shape)].to(hidden.dtype)
+        for row, (head, tail) in enumerate(part):
+            first = row * length + len(head) - 1
+            best = (hidden[first : first + len(tail)] @ matrix.t()).argmax(-1).cpu()
+            right += int(best.tolist() == tail)
+    return right / max(1, len(rows))
