@@ -1,0 +1,315 @@
+"""What every editor shares: the protocol, the registry, specifications such as ``"rome+sadr"``, and a patch's provenance."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from editors.prefixes import PrefixCache, Prefixes
+from editors.presets import Preset, find_preset
+from editors.values import Penalty, Progress, ValueConfig, ValueResult
+from lab.errors import ConfigError, NumericalError
+from lab.handle import ModelHandle
+from lab.patch import LowRank, Provenance, WeightPatch, library_versions
+from lab.records import EditRequest
+from lab.registry import Registry
+from lab.stats import Corpus, KeyStats, StatsCache
+
+ConfigT = TypeVar("ConfigT")
+
+
+class Editor(Protocol):
+    """Turns requests into a patch. The model is bit-identical after ``edit``, also when it raises."""
+
+    def edit(
+        self,
+        handle: ModelHandle,
+        requests: Sequence[EditRequest],
+        *,
+        history: Sequence[WeightPatch] | None = None,
+        progress: Progress | None = None,
+    ) -> WeightPatch:
+        """Computes a patch; the caller applies it.
+
+        Args:
+            handle: The model, with whatever is applied to it; those patches become the new one's parents.
+            requests: What the model should say.
+            history: Earlier patches whose edits must survive; only methods that protect past keys look at it.
+            progress: Called with a phase, how much of it is done, and how much there is.
+
+        Raises:
+            RequestError: A request, or the list as a whole, cannot be carried out.
+            NumericalError: NaN or a singular system on the way.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class EditorOptions:
+    """How to run a method; what it computes with is in its config.
+
+    Attributes:
+        spec: The specification asked for (``"rome+sadr"``).
+        penalties: Terms added to the value search, by name (``"sadr"``).
+        preset: A row of ``presets.toml`` by name; chosen by the model's shape without it.
+        stats: Key statistics on disk.
+        corpus: Text behind the key statistics: ``"auto"``, ``"atlas"``, a file, ``"hub:..."``, or a ``Corpus``.
+        prefixes: Fixed context templates, or a cache of generated ones.
+        seed: Seeds the generated prefixes.
+        overrides: Settings that differ from the preset.
+    """
+
+    spec: str
+    penalties: tuple[str, ...] = ()
+    preset: str | None = None
+    stats: StatsCache = field(default_factory=StatsCache, repr=False)
+    corpus: str | Corpus = "auto"
+    prefixes: PrefixCache | Prefixes = field(default_factory=PrefixCache, repr=False)
+    seed: int = 0
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the registry.
+
+    Attributes:
+        name: As in specifications.
+        title: One line for lists.
+        paper: Where it is described.
+        cost: What an edit costs, in words.
+        takes_penalties: Whether ``+sadr`` may follow.
+        build: Makes the editor.
+    """
+
+    name: str
+    title: str
+    paper: str
+    cost: str
+    takes_penalties: bool
+    build: Callable[[EditorOptions], Editor]
+
+
+EDITORS: Registry[Method] = Registry(
+    "editor",
+    {
+        "rome": "editors.rome:ROME",
+        "rome_identity": "editors.rome:ROME_IDENTITY",
+        "r_rome": "editors.rome:R_ROME",
+        "memit": "editors.memit:MEMIT",
+    },
+    group="knowlab.editors",
+)
+
+PENALTIES: Registry[type[Penalty]] = Registry("penalty", {"sadr": "editors.sadr:AttentionDrift"}, group="knowlab.penalties")
+
+
+def get_editor(
+    spec: str,
+    *,
+    preset: str | None = None,
+    stats: StatsCache | None = None,
+    corpus: str | Corpus = "auto",
+    seed: int = 0,
+    prefixes: Sequence[str] | PrefixCache | None = None,
+    **overrides: Any,
+) -> Editor:
+    """Makes an editor from its specification.
+
+    Args:
+        spec: A method, with penalties behind it: ``"rome"``, ``"rome+sadr"``, ``"memit+sadr"``.
+        preset: A row of ``presets.toml`` by name; without it the model's type and shape choose.
+        stats: Where key statistics are kept; the user's cache folder without it.
+        corpus: Text behind the key statistics.
+        seed: Seeds the generated prefixes.
+        prefixes: Fixed context templates instead of generated ones, or a cache shared between editors.
+        **overrides: Single settings: of the method (``layers=(3,)``, ``steps=40``, ``lr=0.3``, ``fact_token="last"``) and
+            of its penalties (``gamma=0.1``).
+
+    Raises:
+        UnknownNameError: No such method or penalty; names its neighbours.
+        ConfigError: The method takes no penalty, or a setting does not exist.
+
+    Example:
+        >>> patch = get_editor("rome+sadr", gamma=0.1).edit(handle, [request])
+    """
+    name, *penalties = spec.split("+")
+    method = EDITORS.get(name)
+    for penalty in penalties:
+        PENALTIES.get(penalty)
+    if penalties and not method.takes_penalties:
+        raise ConfigError(f"{name!r} searches no value, so it cannot carry {'+'.join(penalties)!r}")
+    fixed = prefixes if isinstance(prefixes, PrefixCache) else None if prefixes is None else Prefixes.of(prefixes)
+    return method.build(
+        EditorOptions(
+            spec=spec,
+            penalties=tuple(penalties),
+            preset=preset,
+            stats=stats or StatsCache(),
+            corpus=corpus,
+            prefixes=fixed or PrefixCache(),
+            seed=seed,
+            overrides=overrides,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is settled once the model is known.
+
+    Attributes:
+        values: Parameters of the value search.
+        penalties: Its further terms.
+        preset: Where defaults came from.
+        prefixes: Context templates.
+        config: All settings as plain values, for the provenance.
+    """
+
+    values: ValueConfig
+    penalties: tuple[Penalty, ...]
+    preset: Preset
+    prefixes: Prefixes
+    config: Mapping[str, Any]
+
+
+def settle(
+    handle: ModelHandle, options: EditorOptions, section: str, config: type[ConfigT], lengths: Sequence[tuple[int, int]]
+) -> tuple[ConfigT, Plan]:
+    """Combines preset, penalties' settings and overrides for one model.
+
+    Args:
+        handle: The model.
+        options: How to run.
+        section: The method's section of the preset table.
+        config: The method's own settings, a dataclass; what it shares with ``ValueConfig`` goes there.
+        lengths: Default lengths of generated prefixes.
+
+    Raises:
+        ConfigError: A setting does not exist or makes no sense.
+    """
+    preset = find_preset(handle, section, options.preset)
+    kinds = [PENALTIES.get(name) for name in options.penalties]
+    names = {kind: _fields(kind) for kind in (config, ValueConfig, *kinds)}
+    known = {"prefix_lengths"}.union(*names.values())
+    for name in options.overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ConfigError(f"{options.spec!r} has no setting {name!r}; {hint}")
+    sadr = preset.penalty if "sadr" in options.penalties else {}
+    chosen = {**preset.values, **({"steps": sadr["steps"]} if "steps" in sadr else {}), **options.overrides}
+    if unknown := sorted(set(preset.values) - names[config] - names[ValueConfig]):
+        raise ConfigError(f"preset {preset.name!r} holds {unknown[0]!r}, which {section!r} does not have")
+    # Lists come from TOML and command lines; configs are compared and hashed.
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
+    values = ValueConfig(**{name: value for name, value in chosen.items() if name in names[ValueConfig]})
+    own = config(**{name: value for name, value in chosen.items() if name in names[config]})
+    pool = {**sadr, **options.overrides}
+    penalties = tuple(kind(**{name: value for name, value in pool.items() if name in names[kind]}) for kind in kinds)
+    spread = tuple((int(tokens), int(number)) for tokens, number in options.overrides.get("prefix_lengths", lengths))
+    fixed = options.prefixes
+    prefixes = fixed if isinstance(fixed, Prefixes) else fixed.get(handle, spread, options.seed)
+    settings: dict[str, Any] = {**dataclasses.asdict(values), **dataclasses.asdict(own)}  # type: ignore[call-overload]
+    settings |= {name: dataclasses.asdict(term) for name, term in zip(options.penalties, penalties, strict=True)}  # type: ignore[call-overload]
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return own, Plan(values, penalties, preset, prefixes, plain)
+
+
+def key_stats(
+    handle: ModelHandle, options: EditorOptions, layers: Sequence[int], progress: Progress | None
+) -> dict[int, KeyStats]:
+    """Key statistics of ``layers``, from the cache or collected now."""
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None:
+            progress("key statistics", done, total)
+
+    return options.stats.get(handle, layers, options.corpus, progress=tell)
+
+
+def check_layers(handle: ModelHandle, layers: Sequence[int]) -> None:
+    """Raises ``ConfigError`` unless ``layers`` are different existing layers in ascending order."""
+    if not layers or list(layers) != sorted(set(layers)):
+        raise ConfigError(f"layers must be a non-empty ascending list without repeats, not {list(layers)}")
+    if layers[0] < 0 or layers[-1] >= handle.n_layers:
+        raise ConfigError(f"layers {list(layers)} do not all exist; {handle.name!r} has 0 to {handle.n_layers - 1}")
+
+
+def make_patch(
+    handle: ModelHandle,
+    options: EditorOptions,
+    plan: Plan,
+    requests: Sequence[EditRequest],
+    deltas: Mapping[str, LowRank],
+    parents: Sequence[str],
+    extra: Mapping[str, Any],
+) -> WeightPatch:
+    """A patch with its provenance."""
+    provenance = Provenance(
+        method=options.spec,
+        config=plan.config,
+        requests=tuple(request.to_json() for request in requests),
+        seed=options.seed,
+        versions=library_versions(),
+        extra={"preset": plan.preset.to_json(), "prefixes": list(plan.prefixes.flat), **extra},
+    )
+    return WeightPatch(handle.fingerprint, dict(deltas), provenance, tuple(parents))
+
+
+def low_rank(left: Tensor, right: Tensor, what: str) -> LowRank:
+    """A delta that is known to be finite.
+
+    Raises:
+        NumericalError: It is not; names ``what``.
+    """
+    delta = LowRank(left, right)
+    if not all(bool(part.isfinite().all()) for part in delta.tensors().values()):
+        raise NumericalError(f"{what}: the update holds NaN or infinity; the model stays as it was")
+    return delta
+
+
+def value_trace(request: EditRequest, result: ValueResult) -> dict[str, Any]:
+    """What a patch says about one value search."""
+    return {
+        "id": request.id,
+        "steps": len(result.losses),
+        "p_target": result.p_target,
+        "losses": [dataclasses.asdict(step) for step in result.losses],
+    }
+
+
+def stats_note(stats: Mapping[int, KeyStats]) -> list[dict[str, Any]]:
+    """What a patch says about the key statistics behind it."""
+    return [
+        {
+            "layer": layer,
+            "tokens": each.count,
+            "source": each.source,
+            "convergence": [list(pair) for pair in each.convergence],
+            "warning": each.warning,
+            "relative_ridge": each.factor().relative_ridge,
+        }
+        for layer, each in sorted(stats.items())
+    ]
+
+
+@contextmanager
+def temporarily(handle: ModelHandle, deltas: Mapping[str, LowRank]) -> Iterator[None]:
+    """Adds deltas beside the weights for the length of a ``with``; no weight is written."""
+    if not deltas:
+        yield
+        return
+    patch = WeightPatch(handle.fingerprint, dict(deltas), Provenance("unfinished"))
+    with patch.applied(handle, mode="sidecar"):
+        yield
+
+
+def _fields(kind: Any) -> set[str]:
+    return {each.name for each in dataclasses.fields(kind)}
