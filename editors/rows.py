@@ -92,10 +92,11 @@ def check_requests(requests: Sequence[EditRequest], *, one_per_subject: bool) ->
     for what, key in kinds:
         seen: dict[str, EditRequest] = {}
         for request in requests:
-            if (other := seen.setdefault(key(request), request)) is not request:
+            if (name := key(request)) in seen:
                 raise RequestError(
-                    f"requests {other.id!r} and {request.id!r} have {what} ({key(request)!r}); edit them in separate calls"
+                    f"requests {seen[name].id!r} and {request.id!r} have {what} ({name!r}); edit them in separate calls"
                 )
+            seen[name] = request
 
 
 def _filled(handle: ModelHandle, request: EditRequest, prompt: str, context: str) -> tuple[str, int]:

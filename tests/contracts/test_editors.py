@@ -1,0 +1,124 @@
+"""What every editor promises on every family: the model is left alone, the patch is whole, and it does something."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from editors import EDITORS, get_editor
+from lab.errors import KnowLabError
+from lab.patch import WeightPatch
+from lab.records import EditRequest
+from lab.scoring import score_targets
+from lab.stats import Corpus, StatsCache
+from tests.tiny import FAMILIES, tiny_handle
+
+REQUESTS = [
+    EditRequest("a", "The capital of {} is", "France", "Rome"),
+    EditRequest("b", "{}'s wife is", "Barack Obama", "Marie Curie"),
+]
+SPECS = [*(name for name in EDITORS.names()), "rome+sadr", "memit+sadr"]
+TEXTS = ["The guitar. {}", "Because of the piano, and. {}"]
+SETTINGS = {"layers": (1,), "steps": 12, "fact_token": "last", "prefixes": TEXTS, "clamp": 20.0, "weight_decay": 0.0}
+
+
+@functools.cache
+def family_handle(family):
+    return tiny_handle(family, scale=1.5)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    words = "The capital of France is Paris. Marie Curie wrote the book? Toko Yasuda plays the guitar, and the piano. "
+    (folder / "corpus.txt").write_text("\n\n".join(words[start:] + words[:start] for start in range(90)))
+    return {"stats": StatsCache(folder / "stats"), "corpus": Corpus(str(folder / "corpus.txt"), max_tokens=1500)}
+
+
+def settings_of(spec):
+    # λ counts average keys; a handful of edits to a random model vanishes against the published ones.
+    return {**SETTINGS, **({"mom2_weight": 0.1} if spec.startswith("memit") else {})}
+
+
+def traces(handle):
+    """Everything an edit could leave behind besides weights."""
+    return (
+        [(name, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(m.__dict__)) for name, m in handle.model.named_modules()],
+        [(name, p.requires_grad, p.grad is None) for name, p in handle.model.named_parameters()],
+        handle.config._attn_implementation,
+        handle.state,
+        handle.model.training,
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contract(family, spec, corpus, tmp_path):
+    handle = family_handle(family)
+    bits, left = handle.weights_digest(), traces(handle)
+    random = torch.random.get_rng_state()
+    patch = get_editor(spec, **settings_of(spec), **corpus).edit(handle, REQUESTS[:1])
+    assert handle.weights_digest() == bits
+    assert traces(handle) == left
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+    assert isinstance(patch, WeightPatch)
+    assert patch.base == handle.fingerprint
+    assert patch.provenance.method == spec
+    assert patch.provenance.requests == (REQUESTS[0].to_json(),)
+    assert patch.provenance.extra["prefixes"] == ["{}", *TEXTS]
+    assert patch.provenance.extra["preset"]["chosen"] == "fallback"
+
+    pair = [(REQUESTS[0].text, REQUESTS[0].target_new)]
+    before = score_targets(handle, pair)[0].mean_logprob
+    with patch.applied(handle):
+        merged = score_targets(handle, pair)[0].mean_logprob
+    with patch.applied(handle, mode="sidecar"):
+        beside = score_targets(handle, pair)[0].mean_logprob
+    assert merged > before + 0.1
+    assert beside == pytest.approx(merged, abs=5e-3)
+    assert handle.weights_digest() == bits
+
+    again = WeightPatch.load(patch.save(tmp_path / "patch"))
+    assert again.id == patch.id
+    assert again.provenance.to_json() == patch.provenance.to_json()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_model_is_left_alone_when_the_edit_fails(family, spec, corpus):
+    handle = tiny_handle(family)
+    editor = get_editor(spec, **{**settings_of(spec), "lr": 1e30, "clamp": 1e32}, **corpus)
+    bits, left = handle.weights_digest(), traces(handle)
+    with pytest.raises(KnowLabError, match="'a'"):
+        editor.edit(handle, REQUESTS)
+    assert handle.weights_digest() == bits
+    assert traces(handle) == left
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_edits_on_top_of_edits_name_their_parents_and_equal_runs_are_equal(spec, corpus):
+    handle = tiny_handle("llama")
+    editor = get_editor(spec, **settings_of(spec), **corpus)
+    first = editor.edit(handle, REQUESTS[:1])
+    assert editor.edit(handle, REQUESTS[:1]).id == first.id
+    with first.applied(handle) as entry:
+        state, bits = handle.state, handle.weights_digest()
+        second = editor.edit(handle, REQUESTS[1:])
+        assert (handle.state, handle.weights_digest()) == (state, bits)
+        assert handle.applied == (entry,)
+    assert first.parents == ()
+    assert second.parents == (first.id,)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_progress_is_told_to_the_end(spec, corpus):
+    told = []
+    get_editor(spec, **settings_of(spec), **corpus).edit(
+        tiny_handle("llama"), REQUESTS, progress=lambda phase, done, total: told.append((phase, done, total))
+    )
+    last = {phase: (done, total) for phase, done, total in told}
+    assert last
+    assert all(done == total for done, total in last.values())
