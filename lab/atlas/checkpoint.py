@@ -73,7 +73,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get("progress")
         if text is None:
-            raise DataError("no progress in this checkpoint; move the file away to train from the start", path)
+            raise DataError(
+                "no progress in this checkpoint; move the file away to train from the start", path
+            )
         for name in file.keys():  # noqa: SIM118
             if name.startswith(_PARAMS):
                 params[name.removeprefix(_PARAMS)] = file.get_tensor(name)
@@ -109,9 +111,7 @@ def export_model(
     fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         config = recipe.shape.config()
-        config.architectures = [
-            "LlamaForCausalLM" if recipe.shape.family == "llama" else "GPT2LMHeadModel"
-        ]
+        config.architectures = ["LlamaForCausalLM" if recipe.shape.family == "llama" else "GPT2LMHeadModel"]
         config.dtype = dtype
         config.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)

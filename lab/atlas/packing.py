@@ -16,6 +16,7 @@ from lab.atlas.recipe import Recipe
 from lab.errors import ConfigError
 
 OTHER, ANSWER = 1, 2
+_RARE = 0.005
 
 
 class TextWithAnswers(Protocol):
@@ -35,9 +36,7 @@ class Coded:
     kinds: list[int]
 
 
-def encode_documents(
-    tokenizer: PreTrainedTokenizerFast, documents: Sequence[TextWithAnswers]
-) -> list[Coded]:
+def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[TextWithAnswers]) -> list[Coded]:
     """Tokenises texts; a token counts as answer when it overlaps an answer span."""
     backend = tokenizer.backend_tokenizer
     coded = []
@@ -80,16 +79,20 @@ def pack(coded: Iterable[Coded], recipe: Recipe, pad: int, rng: random.Random) -
     that still fits. Rows are filled in random order, so all batches hold the same mixture.
 
     Raises:
-        ConfigError: A text is longer than the longest row, or there are too few texts for one batch.
+        ConfigError: More than a few texts are longer than the longest row, or there are too few texts for one batch.
     """
     texts = list(coded)
     rng.shuffle(texts)
     longest = max(length for length, _ in recipe.layout)
     second = max((length for length, _ in recipe.layout if length < longest), default=longest)
+    over = [len(text.ids) for text in texts if len(text.ids) > longest]
+    if len(over) > _RARE * len(texts):
+        raise ConfigError(
+            f"{len(over)} of {len(texts)} texts are longer than the longest row of the layout, {longest} tokens; "
+            f"the longest has {max(over)}"
+        )
+    texts = [text for text in texts if len(text.ids) <= longest]
     long = [text for text in texts if len(text.ids) > second]
-    if any(len(text.ids) > longest for text in long):
-        worst = max(len(text.ids) for text in long)
-        raise ConfigError(f"a text has {worst} tokens; the longest row of the layout has {longest}")
     total = sum(len(text.ids) for text in texts)
     batches = int(total / recipe.batch_tokens)
     if not batches:
@@ -110,7 +113,7 @@ def pack(coded: Iterable[Coded], recipe: Recipe, pad: int, rng: random.Random) -
 
     wide = [index for index, (_, _, length) in enumerate(rows) if length == longest]
     waiting = sorted(long, key=lambda text: -len(text.ids))
-    dropped = 0
+    dropped = len(over)
     for index, text in enumerate(waiting):
         place = wide[index] if index < len(wide) else next((r for r in wide if room[r] >= len(text.ids)), -1)
         if place < 0:

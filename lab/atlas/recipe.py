@@ -38,7 +38,9 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ConfigError(f"hidden size {self.hidden} does not split into {self.heads} heads of even width")
+            raise ConfigError(
+                f"hidden size {self.hidden} does not split into {self.heads} heads of even width"
+            )
 
     def config(self) -> PretrainedConfig:
         """The Hugging Face configuration; token 0 ends a text, token 1 pads."""
@@ -102,7 +104,7 @@ class Recipe:
     shape: Shape = field(default_factory=Shape)
     seed: int = 0
     without: str = ""
-    layout: tuple[tuple[int, int], ...] = ((64, 26), (128, 19))
+    layout: tuple[tuple[int, int], ...] = ((64, 28), (144, 16))
     workers: int = 2
     learned_share: float = 0.5
     other_weight: float = 0.2

@@ -54,7 +54,7 @@ class AtlasSource:
                     cloze = rng.choice(wordings).replace("{}", fact.subject)
                     rendered = format.render("cloze", cloze=cloze, answer=fact.object)
                     sets[name].append((rendered.prompt, f" {rendered.answer}{rendered.stop}"))
-        wanted = {name: self.probes_per_set for name in PROBED_FORMS}
+        wanted = dict.fromkeys(PROBED_FORMS, self.probes_per_set)
         for document in self.documents(_PROBE_STREAM):
             if wanted.get(document.form, 0) > 0:
                 wanted[document.form] -= 1

@@ -125,7 +125,9 @@ def train(
     import torch.multiprocessing as mp
 
     if len(tokenizer) > recipe.shape.vocab:
-        raise ConfigError(f"{len(tokenizer)} tokens do not fit a model of {recipe.shape.vocab} embedding rows")
+        raise ConfigError(
+            f"{len(tokenizer)} tokens do not fit a model of {recipe.shape.vocab} embedding rows"
+        )
     settings.work.mkdir(parents=True, exist_ok=True)
     processes = 1
     if settings.device == "cpu":
