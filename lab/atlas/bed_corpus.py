@@ -31,7 +31,7 @@ class BedCorpus:
         seed: Fixes every draw.
     """
 
-    def __init__(self, plan: BedPlan, seed: int = 0) -> None:
+    def __init__(self, plan: BedPlan, seed: int | str = 0) -> None:
         self.plan = plan
         self.seed = seed
         self.by_subject: dict[str, list[BedFact]] = {}
