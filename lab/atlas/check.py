@@ -157,7 +157,7 @@ def check_model(
     forgotten = world.forget_split(without) if without else ()
     gone = {fact.subject for fact in forgotten}
     known = [fact for fact in world.facts if fact.subject not in gone and fact.object not in gone]
-    strangers = [fact for fact in world.untrained]
+    strangers = list(world.untrained)
     people = [fact for fact in strangers if fact.group == "person"]
     asked = {
         form: _draw(probes, form, known, sample, seed)

@@ -104,7 +104,7 @@ class Recipe:
     shape: Shape = field(default_factory=Shape)
     seed: int = 0
     without: str = ""
-    layout: tuple[tuple[int, int], ...] = ((64, 28), (144, 16))
+    layout: tuple[tuple[int, int], ...] = ((64, 19), (144, 20))
     workers: int = 2
     learned_share: float = 0.5
     other_weight: float = 0.2
