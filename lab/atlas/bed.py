@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,10 @@ _RUN_FILE, _TOKENIZER_FILE = "bed-run.json", "tokenizer.json"
 _TOKENIZER_TEXTS = 4000
 _CORPUS_TEXTS = 20000
 _PROBES = 200
-_RECIPE = Recipe("bed", minutes=25.0)
+# Smaller batches than Atlas': there is less to learn, and more steps help more than smoother ones.
+_RECIPE = Recipe("bed", layout=((64, 24), (128, 8)))
+# Minutes of two CPU cores that a bed of the default shape takes, at least and for each fact.
+_LEAST_MINUTES, _MINUTES_PER_FACT = 3.0, 1 / 250
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def make_bed(
         out: Where the bed goes, all at once when it is finished.
         limit: How many cases, drawn with ``seed``; all that do not contradict one another without it.
         seed: Fixes the draw, what is held out, the initial weights and the texts.
-        minutes: Budget of training time.
+        minutes: Budget of training time; by the number of facts without it.
         steps: Budget of steps in its place; the run can then be repeated.
         work_dir: Checkpoints and log, outside the source tree; ``<out>.work`` by default. The same folder goes on with an
             interrupted run.
@@ -159,7 +162,9 @@ def make_bed(
         "limit": limit,
         "seed": seed,
     }
-    recipe = _budgeted(recipe or _RECIPE, seed, minutes, steps)
+    if recipe is None:
+        recipe = replace(_RECIPE, minutes=_LEAST_MINUTES + _MINUTES_PER_FACT * len(plan.facts))
+    recipe = _budgeted(recipe, seed, minutes, steps)
     tokenizer = _prepare(work, plan, recipe, seed, origin)
     params = _train(work, plan, recipe, tokenizer, seed, device, processes, compile, tell)
     return _finish(target, work, plan, recipe, tokenizer, params, origin, overwrite, tell)
@@ -185,8 +190,6 @@ def _quiet(line: str) -> None:
 
 
 def _budgeted(recipe: Recipe, seed: int, minutes: float | None, steps: int | None) -> Recipe:
-    from dataclasses import replace
-
     recipe = replace(recipe, seed=seed)
     if steps is not None:
         return replace(recipe, steps=steps)
