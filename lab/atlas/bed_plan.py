@@ -80,7 +80,6 @@ class BedPlan:
         available: Cases of the file before contradictions and the limit.
         contradicting: Ids of cases dropped because the file answers their prompt in two ways.
         contradicting_prompts: How many other prompts were left out for the same reason.
-        held: Folded texts that no training text may hold.
     """
 
     cases: tuple[BedCase, ...]
@@ -89,7 +88,6 @@ class BedPlan:
     available: int
     contradicting: tuple[str, ...]
     contradicting_prompts: int
-    held: frozenset[str]
 
 
 def plan_bed(kind: str, cases: Sequence[TrueCase], *, limit: int | None = None, seed: int = 0) -> BedPlan:
@@ -225,7 +223,6 @@ class _Planner:
             available,
             dropped,
             left_out,
-            frozenset(self.held.texts),
         )
 
     # -- what stays out -------------------------------------------------------------------------------------------
