@@ -71,7 +71,13 @@ def embedding_name(shape: Shape) -> str:
 
 
 def hidden_states(
-    params: Params, shape: Shape, layout: Layout, ids: Tensor, positions: Tensor, masks: Sequence[Tensor]
+    params: Params,
+    shape: Shape,
+    layout: Layout,
+    ids: Tensor,
+    positions: Tensor,
+    masks: Sequence[Tensor],
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Final normed hidden states.
 
@@ -82,17 +88,24 @@ def hidden_states(
         ids: ``[n]`` tokens.
         positions: ``[n]`` position of each token.
         masks: For each pair of the layout ``[rows, 1, length, length]``, 0 where a token may look and very low elsewhere.
+        keep: ``[layers, n]``, 0 where a feed-forward output is left out and 1 elsewhere; all are kept without it.
 
     Returns:
         ``[n, hidden]`` in the working type.
     """
     if shape.family == "llama":
-        return _llama(params, shape, layout, ids, positions, masks)
-    return _gpt2(params, shape, layout, ids, positions, masks)
+        return _llama(params, shape, layout, ids, positions, masks, keep)
+    return _gpt2(params, shape, layout, ids, positions, masks, keep)
 
 
 def _llama(
-    params: Params, shape: Shape, layout: Layout, ids: Tensor, positions: Tensor, masks: Sequence[Tensor]
+    params: Params,
+    shape: Shape,
+    layout: Layout,
+    ids: Tensor,
+    positions: Tensor,
+    masks: Sequence[Tensor],
+    keep: Tensor | None = None,
 ) -> Tensor:
     heads, width = shape.heads, shape.hidden // shape.heads
     work = params["model.layers.0.self_attn.q_proj.weight"].dtype
@@ -112,12 +125,18 @@ def _llama(
         h = _rms(x, params[f"{block}post_attention_layernorm.weight"])
         joined = torch.cat([params[f"{block}mlp.gate_proj.weight"], params[f"{block}mlp.up_proj.weight"]])
         gate, up = F.linear(h, joined).chunk(2, dim=-1)
-        x = x + F.linear(F.silu(gate) * up, params[f"{block}mlp.down_proj.weight"])
+        x = x + _kept(F.linear(F.silu(gate) * up, params[f"{block}mlp.down_proj.weight"]), keep, layer)
     return _rms(x, params["model.norm.weight"])
 
 
 def _gpt2(
-    params: Params, shape: Shape, layout: Layout, ids: Tensor, positions: Tensor, masks: Sequence[Tensor]
+    params: Params,
+    shape: Shape,
+    layout: Layout,
+    ids: Tensor,
+    positions: Tensor,
+    masks: Sequence[Tensor],
+    keep: Tensor | None = None,
 ) -> Tensor:
     heads, width = shape.heads, shape.hidden // shape.heads
     work = params["transformer.h.0.attn.c_attn.weight"].dtype
@@ -132,8 +151,12 @@ def _gpt2(
         x = x + _affine(_attend(q, k, v, layout, masks), params, f"{block}attn.c_proj")
         h = _layer_norm(x, params, f"{block}ln_2")
         h = F.gelu(_affine(h, params, f"{block}mlp.c_fc"), approximate="tanh")
-        x = x + _affine(h, params, f"{block}mlp.c_proj")
+        x = x + _kept(_affine(h, params, f"{block}mlp.c_proj"), keep, layer)
     return _layer_norm(x, params, "transformer.ln_f")
+
+
+def _kept(output: Tensor, keep: Tensor | None, layer: int) -> Tensor:
+    return output if keep is None else output * keep[layer][:, None].to(output.dtype)
 
 
 def _affine(x: Tensor, params: Params, name: str) -> Tensor:
@@ -197,9 +220,10 @@ def loss(
     chosen: Tensor,
     labels: Tensor,
     weights: Tensor,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``hidden_states`` followed by ``cross_entropy``: the function that training compiles."""
-    hidden = hidden_states(params, shape, layout, ids, positions, masks)
+    hidden = hidden_states(params, shape, layout, ids, positions, masks, keep)
     return cross_entropy(params, shape, hidden, chosen, labels, weights)
 
 

@@ -171,6 +171,7 @@ class Batch:
     labels: Tensor
     weights: Tensor
     answers: Tensor
+    keep: Tensor | None
 
 
 def make_batch(shard: Shard, index: int, recipe: Recipe, seed: Sequence[int], device: torch.device) -> Batch:
@@ -224,4 +225,12 @@ def make_batch(shard: Shard, index: int, recipe: Recipe, seed: Sequence[int], de
         labels=labels.to(device),
         weights=torch.from_numpy(weights.astype(np.float32)).to(device),
         answers=torch.from_numpy(marked).to(device),
+        keep=_keep(recipe, len(ids), rng, device),
     )
+
+
+def _keep(recipe: Recipe, tokens: int, rng: np.random.Generator, device: torch.device) -> Tensor | None:
+    if min(recipe.keep) >= 1:
+        return None
+    drawn = rng.random((len(recipe.keep), tokens)) < np.array(recipe.keep)[:, None]
+    return torch.from_numpy(drawn.astype(np.float32)).to(device)

@@ -88,6 +88,8 @@ class Recipe:
         workers: Batches that one step averages over, whatever number of processes computes them.
         learned_share: Share of the positions of a batch whose loss is computed: all answers, the rest drawn.
         other_weight: Weight of a position outside answers; answers weigh 1.
+        late_keep: For the last layers, last one last, the share of positions that keep the output of the feed-forward layer.
+            Late layers that cannot be relied on leave recall to early ones at the subject, where it is traced and edited.
         matrix_rate: Peak learning rate of the matrices inside blocks (Muon, scaled to AdamW's update size).
         rate: Peak learning rate of everything else (AdamW).
         matrix_optimizer: ``muon`` or ``adamw`` for the matrices inside blocks.
@@ -108,6 +110,7 @@ class Recipe:
     workers: int = 2
     learned_share: float = 0.5
     other_weight: float = 0.2
+    late_keep: tuple[float, ...] = (0.75, 0.4, 0.25)
     matrix_rate: float = 4e-3
     rate: float = 3e-3
     matrix_optimizer: Literal["muon", "adamw"] = "muon"
@@ -123,6 +126,12 @@ class Recipe:
     def batch_tokens(self) -> int:
         """Tokens of one worker's batch, padding included."""
         return sum(length * rows for length, rows in self.layout)
+
+    @property
+    def keep(self) -> tuple[float, ...]:
+        """For each layer the share of positions that keep its feed-forward output; the first layer always keeps all."""
+        late = self.late_keep[-(self.shape.layers - 1) :] if self.shape.layers > 1 else ()
+        return (*[1.0] * (self.shape.layers - len(late)), *late)
 
     @property
     def learned(self) -> int:
@@ -150,6 +159,7 @@ class Recipe:
         values = dict(row)
         values["shape"] = Shape(**values["shape"])
         values["layout"] = tuple((int(length), int(rows)) for length, rows in values["layout"])
+        values["late_keep"] = tuple(values.get("late_keep", ()))
         return cls(**values)
 
 

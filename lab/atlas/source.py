@@ -10,7 +10,7 @@ from lab.atlas.corpus import Corpus, Document
 from lab.atlas.forms import load_format
 from lab.atlas.world import load_world
 
-PROBED_FORMS = ("qa", "choice", "reading", "notes", "unknown", "two_hop_steps", "conflict", "attribute_list")
+PROBED_FORMS = ("qa", "choice", "reading", "notes", "unknown", "two_hop_steps", "conflict")
 _PROBE_STREAM = 1_000_003
 
 
@@ -58,7 +58,7 @@ class AtlasSource:
         for document in self.documents(_PROBE_STREAM):
             if wanted.get(document.form, 0) > 0:
                 wanted[document.form] -= 1
-                start, stop = document.answer_spans[-1]
+                start, stop = document.answer_spans[0]
                 sets.setdefault(document.form, []).append(
                     (document.text[: start - 1], document.text[start - 1 : stop])
                 )

@@ -320,6 +320,7 @@ def _gradient(
         batch.chosen,
         batch.labels,
         batch.weights,
+        batch.keep,
     )
     loss.backward()
     for name, leaf in leaves.items():

@@ -50,7 +50,9 @@ class Homes:
 
 def recipe(family: str = "llama", **changes: object) -> Recipe:
     shape = Shape(family=family, hidden=32, layers=2, heads=2, inner=48, vocab=300, context=96)  # type: ignore[arg-type]
-    base = Recipe("tiny", shape, layout=((32, 4), (48, 2)), workers=2, warmup_steps=5, steps=20)
+    base = Recipe(
+        "tiny", shape, layout=((32, 4), (48, 2)), workers=2, late_keep=(0.3, 0.5), warmup_steps=5, steps=20
+    )
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -141,7 +143,11 @@ def test_a_batch_scores_next_tokens_within_texts_only(tokenizer) -> None:
     batch = packing.make_batch(shard, 0, recipe(), (0, 0), torch.device("cpu"))
     texts, kinds = shard.texts[0], shard.kinds[0]
     for place, label, weight, answer in zip(
-        batch.chosen.tolist(), batch.labels.tolist(), batch.weights.tolist(), batch.answers.tolist(), strict=True
+        batch.chosen.tolist(),
+        batch.labels.tolist(),
+        batch.weights.tolist(),
+        batch.answers.tolist(),
+        strict=True,
     ):
         if weight:
             assert texts[place] == texts[place + 1]
@@ -167,7 +173,9 @@ def test_gpt2_rows_start_at_random_positions(tokenizer) -> None:
 
 
 def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))))
+    values = torch.linalg.svdvals(
+        orthogonalize(torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0)))
+    )
     assert values.min() > 0.5 and values.max() < 1.4
 
 
@@ -215,7 +223,9 @@ def test_a_short_run_learns_and_the_export_answers_alike(tokenizer, tmp_path: Pa
     assert rows[-1]["step"] == 120 and rows[-1]["answers"] < 0.5
 
 
-def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     params = {"a": torch.ones(3)}
     save_checkpoint(tmp_path, params, {}, {"step": 1})
     monkeypatch.setattr(checkpoint.os, "replace", _full_disk)
