@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from editors.base import EDITORS, Editor, EditorOptions, Method, get_editor
+    from editors.base import EDITORS, Editor, EditorOptions, Method, edit_many, get_editor
 
-__all__ = ["EDITORS", "Editor", "EditorOptions", "Method", "get_editor"]
+__all__ = ["EDITORS", "Editor", "EditorOptions", "Method", "edit_many", "get_editor"]
 
 
 def __getattr__(name: str) -> Any:

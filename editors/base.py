@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -48,6 +48,40 @@ class Editor(Protocol):
             NumericalError: NaN or a singular system on the way.
         """
         ...
+
+
+@runtime_checkable
+class ManyEditor(Protocol):
+    """An editor that computes independent edits together faster than one by one."""
+
+    def edit_many(
+        self, handle: ModelHandle, requests: Sequence[EditRequest], *, progress: Progress | None = None
+    ) -> list[WeightPatch]:
+        """One patch per request, each as if it were alone; equal to single calls up to rounding."""
+        ...
+
+
+def edit_many(
+    editor: Editor, handle: ModelHandle, requests: Sequence[EditRequest], *, progress: Progress | None = None
+) -> list[WeightPatch]:
+    """Computes one patch per request, none of which sees another: what a table of single edits needs.
+
+    Editors that can search their values together do; others take one request at a time.
+
+    Args:
+        editor: Any editor.
+        handle: The model; left as it was.
+        requests: They may share subjects, but not ids or whole prompts.
+        progress: As in ``Editor.edit``.
+    """
+    if isinstance(editor, ManyEditor):
+        return editor.edit_many(handle, requests, progress=progress)
+    patches = []
+    for request in requests:
+        patches.append(editor.edit(handle, [request]))
+        if progress is not None:
+            progress("edits", len(patches), len(requests))
+    return patches
 
 
 @dataclass(frozen=True)
@@ -107,7 +141,9 @@ EDITORS: Registry[Method] = Registry(
     group="knowlab.editors",
 )
 
-PENALTIES: Registry[type[Penalty]] = Registry("penalty", {"sadr": "editors.sadr:AttentionDrift"}, group="knowlab.penalties")
+PENALTIES: Registry[type[Penalty]] = Registry(
+    "penalty", {"sadr": "editors.sadr:AttentionDrift"}, group="knowlab.penalties"
+)
 
 
 def get_editor(
@@ -145,7 +181,9 @@ def get_editor(
         PENALTIES.get(penalty)
     if penalties and not method.takes_penalties:
         raise ConfigError(f"{name!r} searches no value, so it cannot carry {'+'.join(penalties)!r}")
-    fixed = prefixes if isinstance(prefixes, PrefixCache) else None if prefixes is None else Prefixes.of(prefixes)
+    fixed = (
+        prefixes if isinstance(prefixes, PrefixCache) else None if prefixes is None else Prefixes.of(prefixes)
+    )
     return method.build(
         EditorOptions(
             spec=spec,
@@ -180,7 +218,11 @@ class Plan:
 
 
 def settle(
-    handle: ModelHandle, options: EditorOptions, section: str, config: type[ConfigT], lengths: Sequence[tuple[int, int]]
+    handle: ModelHandle,
+    options: EditorOptions,
+    section: str,
+    config: type[ConfigT],
+    lengths: Sequence[tuple[int, int]],
 ) -> tuple[ConfigT, Plan]:
     """Combines preset, penalties' settings and overrides for one model.
 
@@ -204,7 +246,11 @@ def settle(
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
             raise ConfigError(f"{options.spec!r} has no setting {name!r}; {hint}")
     sadr = preset.penalty if "sadr" in options.penalties else {}
-    chosen = {**preset.values, **({"steps": sadr["steps"]} if "steps" in sadr else {}), **options.overrides}
+    chosen: dict[str, Any] = {
+        **preset.values,
+        **({"steps": sadr["steps"]} if "steps" in sadr else {}),
+        **options.overrides,
+    }
     if unknown := sorted(set(preset.values) - names[config] - names[ValueConfig]):
         raise ConfigError(f"preset {preset.name!r} holds {unknown[0]!r}, which {section!r} does not have")
     # Lists come from TOML and command lines; configs are compared and hashed.
@@ -212,12 +258,16 @@ def settle(
     values = ValueConfig(**{name: value for name, value in chosen.items() if name in names[ValueConfig]})
     own = config(**{name: value for name, value in chosen.items() if name in names[config]})
     pool = {**sadr, **options.overrides}
-    penalties = tuple(kind(**{name: value for name, value in pool.items() if name in names[kind]}) for kind in kinds)
-    spread = tuple((int(tokens), int(number)) for tokens, number in options.overrides.get("prefix_lengths", lengths))
+    penalties = tuple(
+        kind(**{name: value for name, value in pool.items() if name in names[kind]}) for kind in kinds
+    )
+    spread = tuple(
+        (int(tokens), int(number)) for tokens, number in options.overrides.get("prefix_lengths", lengths)
+    )
     fixed = options.prefixes
     prefixes = fixed if isinstance(fixed, Prefixes) else fixed.get(handle, spread, options.seed)
-    settings: dict[str, Any] = {**dataclasses.asdict(values), **dataclasses.asdict(own)}  # type: ignore[call-overload]
-    settings |= {name: dataclasses.asdict(term) for name, term in zip(options.penalties, penalties, strict=True)}  # type: ignore[call-overload]
+    settings = {**_asdict(values), **_asdict(own)}
+    settings |= {name: _asdict(term) for name, term in zip(options.penalties, penalties, strict=True)}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return own, Plan(values, penalties, preset, prefixes, plain)
 
@@ -239,7 +289,9 @@ def check_layers(handle: ModelHandle, layers: Sequence[int]) -> None:
     if not layers or list(layers) != sorted(set(layers)):
         raise ConfigError(f"layers must be a non-empty ascending list without repeats, not {list(layers)}")
     if layers[0] < 0 or layers[-1] >= handle.n_layers:
-        raise ConfigError(f"layers {list(layers)} do not all exist; {handle.name!r} has 0 to {handle.n_layers - 1}")
+        raise ConfigError(
+            f"layers {list(layers)} do not all exist; {handle.name!r} has 0 to {handle.n_layers - 1}"
+        )
 
 
 def make_patch(
@@ -309,6 +361,10 @@ def temporarily(handle: ModelHandle, deltas: Mapping[str, LowRank]) -> Iterator[
     patch = WeightPatch(handle.fingerprint, dict(deltas), Provenance("unfinished"))
     with patch.applied(handle, mode="sidecar"):
         yield
+
+
+def _asdict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
 
 
 def _fields(kind: Any) -> set[str]:

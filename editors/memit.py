@@ -10,8 +10,8 @@ block's. There ``z`` and ``H`` are taken at the MLP output of the last layer; th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from editors.base import (
     Editor,
     EditorOptions,
     Method,
+    Plan,
     check_layers,
     key_stats,
     low_rank,
@@ -31,13 +32,13 @@ from editors.base import (
 )
 from editors.keys import mean_over_contexts, read_keys, read_sites
 from editors.rows import FACT_TOKENS, FactToken, check_requests, request_rows
-from editors.values import Progress, optimise_value
+from editors.values import Progress, ValueResult, optimise_value
 from lab.arch import Role
 from lab.errors import ConfigError
 from lab.handle import ModelHandle
 from lab.patch import LowRank, WeightPatch
 from lab.records import EditRequest
-from lab.stats import woodbury_factors
+from lab.stats import KeyStats, woodbury_factors
 from lab.trace import Site
 
 PREFIX_LENGTHS = ((10, 5),)
@@ -82,59 +83,90 @@ class MemitEditor:
         """One patch for all requests together. See ``Editor.edit``."""
         check_requests(requests, one_per_subject=False)
         with handle.writing():
-            config, plan = settle(handle, self.options, "memit", MemitConfig, PREFIX_LENGTHS)
-            check_layers(handle, config.layers)
-            parents = [entry.patch.id for entry in handle.applied]
-            stats = key_stats(handle, self.options, config.layers, progress)
-            role = value_role(handle)
-            last = config.layers[-1]
-            values = optimise_value(
-                handle,
-                requests,
-                last,
-                role,
-                plan.prefixes,
-                plan.values,
-                plan.penalties,
-                fact_token=config.fact_token,
-                progress=progress,
-            )
-            targets = torch.stack([value.target.to(device="cpu", dtype=torch.float64) for value in values], dim=1)
-            contexts = plan.prefixes.flat
-            rows = [row for request in requests for row in request_rows(handle, request, contexts, config.fact_token)]
-            site = Site(role, last)
-            weights = plan.prefixes.weights("groups")
-            deltas: dict[str, LowRank] = {}
-            spread: list[dict[str, Any]] = []
-            for index, layer in enumerate(config.layers):
-                with temporarily(handle, deltas):
-                    read = read_keys(handle, rows, [layer])[layer]
-                    now = read_sites(handle, rows[:: len(contexts)], [site], site)[site].T
-                keys = mean_over_contexts(read.keys, weights).T
-                missing = targets - now
-                left, right = woodbury_factors(
-                    stats[layer].factor(config.mom2_weight), keys, missing / (len(config.layers) - index)
-                )
-                weight = handle.weight(Role.MLP_OUT, layer)
-                deltas[weight.name] = low_rank(left, right, f"layer {layer}")
-                size = float(torch.linalg.matrix_norm(weight.canonical().float()))
-                spread.append(
-                    {
-                        "layer": layer,
-                        "residual": float(torch.linalg.vector_norm(missing, dim=0).mean()),
-                        "relative_norm": deltas[weight.name].norm() / size,
-                    }
-                )
+            return self._patch(handle, requests, self._prepare(handle, requests, progress), progress)
+
+    def edit_many(
+        self, handle: ModelHandle, requests: Sequence[EditRequest], *, progress: Progress | None = None
+    ) -> list[WeightPatch]:
+        """One patch per request, each a batch of one, their values searched together. See ``ManyEditor``."""
+        check_requests(requests, one_per_subject=False)
+        patches = []
+        with handle.writing():
+            ready = self._prepare(handle, requests, progress)
+            for index, (request, value) in enumerate(zip(requests, ready.values, strict=True)):
+                patches.append(self._patch(handle, [request], replace(ready, values=(value,)), None))
                 if progress is not None:
-                    progress("layers", index + 1, len(config.layers))
-            extra = {
-                "values": [value_trace(request, value) for request, value in zip(requests, values, strict=True)],
-                "layers": spread,
-                "value_site": str(role.value),
-                "adapted": role is not Role.BLOCK,
-                "statistics": stats_note(stats),
-            }
-            return make_patch(handle, self.options, plan, requests, deltas, parents, extra)
+                    progress("edits", index + 1, len(requests))
+        return patches
+
+    def _prepare(
+        self, handle: ModelHandle, requests: Sequence[EditRequest], progress: Progress | None
+    ) -> _Ready:
+        config, plan = settle(handle, self.options, "memit", MemitConfig, PREFIX_LENGTHS)
+        check_layers(handle, config.layers)
+        stats = key_stats(handle, self.options, config.layers, progress)
+        values = optimise_value(
+            handle,
+            requests,
+            config.layers[-1],
+            value_role(handle),
+            plan.prefixes,
+            plan.values,
+            plan.penalties,
+            fact_token=config.fact_token,
+            progress=progress,
+        )
+        return _Ready(config, plan, stats, tuple(values))
+
+    def _patch(
+        self, handle: ModelHandle, requests: Sequence[EditRequest], ready: _Ready, progress: Progress | None
+    ) -> WeightPatch:
+        """Spreads the values over the layers, each on top of the updates below."""
+        config, role = ready.config, value_role(handle)
+        parents = [entry.patch.id for entry in handle.applied]
+        targets = torch.stack(
+            [value.target.to(device="cpu", dtype=torch.float64) for value in ready.values], dim=1
+        )
+        contexts = ready.plan.prefixes.flat
+        rows = [
+            row for request in requests for row in request_rows(handle, request, contexts, config.fact_token)
+        ]
+        site = Site(role, config.layers[-1])
+        weights = ready.plan.prefixes.weights("groups")
+        deltas: dict[str, LowRank] = {}
+        spread: list[dict[str, Any]] = []
+        for index, layer in enumerate(config.layers):
+            with temporarily(handle, deltas):
+                read = read_keys(handle, rows, [layer])[layer]
+                now = read_sites(handle, rows[:: len(contexts)], [site], site)[site].T
+            keys = mean_over_contexts(read.keys, weights).T
+            missing = targets - now
+            factor = ready.stats[layer].factor(config.mom2_weight)
+            left, right = woodbury_factors(factor, keys, missing / (len(config.layers) - index))
+            weight = handle.weight(Role.MLP_OUT, layer)
+            deltas[weight.name] = low_rank(left, right, f"layer {layer}")
+            size = float(torch.linalg.matrix_norm(weight.canonical().float()))
+            residual = float(torch.linalg.vector_norm(missing, dim=0).mean())
+            relative = deltas[weight.name].norm() / size
+            spread.append({"layer": layer, "residual": residual, "relative_norm": relative})
+            if progress is not None:
+                progress("layers", index + 1, len(config.layers))
+        extra = {
+            "values": [value_trace(*pair) for pair in zip(requests, ready.values, strict=True)],
+            "layers": spread,
+            "value_site": str(role.value),
+            "adapted": role is not Role.BLOCK,
+            "statistics": stats_note(ready.stats),
+        }
+        return make_patch(handle, self.options, ready.plan, requests, deltas, parents, extra)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    config: MemitConfig
+    plan: Plan
+    stats: Mapping[int, KeyStats]
+    values: tuple[ValueResult, ...]
 
 
 def value_role(handle: ModelHandle) -> Role:

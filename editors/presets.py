@@ -60,8 +60,14 @@ def find_preset(handle: ModelHandle, section: str, name: str | None = None) -> P
     if wanted is not None:
         if wanted not in rows:
             raise UnknownNameError("preset", str(wanted), rows)
-        return _preset(rows[wanted], section, table, "named" if name else "config", _layers_as_written(handle))
-    shape = {"hidden_size": handle.hidden_size, "n_layers": handle.n_layers, "vocab_size": handle.config.vocab_size}
+        return _preset(
+            rows[wanted], section, table, "named" if name else "config", _layers_as_written(handle)
+        )
+    shape = {
+        "hidden_size": handle.hidden_size,
+        "n_layers": handle.n_layers,
+        "vocab_size": handle.config.vocab_size,
+    }
     for row in rows.values():
         fits = all(row[key] == shape[key] for key in _SHAPE if key in row)
         if fits and handle.config.model_type in row.get("model_type", ()) and "n_layers" in row:
@@ -83,7 +89,9 @@ def preset_names() -> tuple[str, ...]:
     return tuple(str(row["name"]) for row in read_table()["preset"])
 
 
-def _preset(row: Mapping[str, Any], section: str, table: Mapping[str, Any], chosen: str, place: Any) -> Preset:
+def _preset(
+    row: Mapping[str, Any], section: str, table: Mapping[str, Any], chosen: str, place: Any
+) -> Preset:
     if section not in row:
         raise ConfigError(f"preset {row['name']!r} has no values for {section!r}")
     values = dict(row[section])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -114,7 +113,9 @@ def rank_one_update(mean_key: Tensor, key: Tensor, residual: Tensor, factor: Fac
     cosine = float(reach / torch.linalg.vector_norm(key))
     mean_cosine = float(mean_key @ right / torch.linalg.vector_norm(mean_key))
     if not bool(torch.isfinite(reach)) or abs(cosine) < 1e-12:
-        raise NumericalError("the key of the plain prompt is orthogonal to the mean key under the statistics; try r_rome")
+        raise NumericalError(
+            "the key of the plain prompt is orthogonal to the mean key under the statistics; try r_rome"
+        )
     return RankOne(residual / reach, right, cosine, mean_cosine)
 
 
@@ -192,13 +193,20 @@ class RomeEditor:
         return config, plan, {layer: each.factor() for layer, each in stats.items()}, extra
 
     def _one(
-        self, handle: ModelHandle, request: EditRequest, config: RomeConfig, plan: Plan, factors: Mapping[int, Factor]
+        self,
+        handle: ModelHandle,
+        request: EditRequest,
+        config: RomeConfig,
+        plan: Plan,
+        factors: Mapping[int, Factor],
     ) -> _Part:
         whole = _Part({}, [], [])
         for layer in config.layers:
             with temporarily(handle, whole.deltas):
                 (part,) = self._layer(handle, [request], layer, config, plan, factors, None)
-            whole = _Part({**whole.deltas, **part.deltas}, whole.traces + part.traces, whole.guards + part.guards)
+            whole = _Part(
+                {**whole.deltas, **part.deltas}, whole.traces + part.traces, whole.guards + part.guards
+            )
         return whole
 
     def _layer(
@@ -213,7 +221,9 @@ class RomeEditor:
     ) -> list[_Part]:
         """The updates of one layer for several requests that do not see each other."""
         contexts = plan.prefixes.flat
-        rows = [row for request in requests for row in request_rows(handle, request, contexts, config.fact_token)]
+        rows = [
+            row for request in requests for row in request_rows(handle, request, contexts, config.fact_token)
+        ]
         read = read_keys(handle, rows, [layer])[layer]
         values = optimise_value(
             handle,
@@ -228,14 +238,20 @@ class RomeEditor:
         )
         weight = handle.weight(Role.MLP_OUT, layer)
         size = float(torch.linalg.matrix_norm(weight.canonical().float()))
-        mean = KeyValue(*(mean_over_contexts(part, plan.prefixes.weights("mean")) for part in (read.keys, read.values)))
+        mean = KeyValue(
+            *(mean_over_contexts(part, plan.prefixes.weights("mean")) for part in (read.keys, read.values))
+        )
         plain = KeyValue(read.keys[:: len(contexts)], read.values[:: len(contexts)])
         parts = []
         for index, (request, value) in enumerate(zip(requests, values, strict=True)):
             update = _update(config.key, index, mean, plain, value, factors.get(layer))
-            delta = low_rank(update.left[:, None], update.right[None], f"request {request.id!r}, layer {layer}")
+            delta = low_rank(
+                update.left[:, None], update.right[None], f"request {request.id!r}, layer {layer}"
+            )
             guard = _guard(request, layer, update, size)
-            parts.append(_Part({weight.name: delta}, [{"layer": layer, **value_trace(request, value)}], [guard]))
+            parts.append(
+                _Part({weight.name: delta}, [{"layer": layer, **value_trace(request, value)}], [guard])
+            )
         return parts
 
 
@@ -289,7 +305,9 @@ def _stacked(first: Mapping[str, LowRank], second: Mapping[str, LowRank]) -> dic
     for name, delta in second.items():
         if name in out:
             before = out[name]
-            delta = LowRank(torch.cat([before.left, delta.left], dim=1), torch.cat([before.right, delta.right], dim=0))
+            delta = LowRank(
+                torch.cat([before.left, delta.left], dim=1), torch.cat([before.right, delta.right], dim=0)
+            )
         out[name] = delta
     return out
 

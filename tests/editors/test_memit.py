@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editors import get_editor
+from editors import edit_many, get_editor
 from editors.keys import mean_over_contexts, read_keys, read_sites
 from editors.memit import value_role
 from editors.prefixes import Prefixes
@@ -57,7 +57,9 @@ def test_a_large_weight_changes_nothing_and_a_small_one_reaches_the_target(corpu
     handle = tiny_handle("llama")
     norms = []
     for weight in (1e12, 1e-6):
-        patch = get_editor("memit", layers=(1,), mom2_weight=weight, **SETTINGS, **corpus).edit(handle, REQUESTS)
+        patch = get_editor("memit", layers=(1,), mom2_weight=weight, **SETTINGS, **corpus).edit(
+            handle, REQUESTS
+        )
         norms.append(next(iter(patch.norms().values())))
         (delta,) = patch.deltas.values()
         assert delta.rank == 2
@@ -67,6 +69,32 @@ def test_a_large_weight_changes_nothing_and_a_small_one_reaches_the_target(corpu
     keys = mean_over_contexts(read_keys(handle, rows, [1])[1].keys, prefixes.weights("groups")).T
     reached = torch.linalg.vector_norm(delta.dense().double() @ keys, dim=0).mean()
     assert float(reached) == pytest.approx(patch.provenance.extra["layers"][0]["residual"], rel=1e-2)
+
+
+def test_many_together_equal_each_alone(corpus):
+    handle = tiny_handle("llama", dtype=torch.float64)
+    editor = get_editor("memit", layers=(0, 1), mom2_weight=10.0, **SETTINGS, **corpus)
+    for request, patch in zip(REQUESTS, edit_many(editor, handle, REQUESTS), strict=True):
+        alone = editor.edit(handle, [request])
+        assert patch.deltas.keys() == alone.deltas.keys()
+        for name, delta in patch.deltas.items():
+            assert torch.allclose(delta.dense(), alone.deltas[name].dense(), atol=1e-6)
+        assert patch.provenance.requests == alone.provenance.requests
+
+
+def test_editors_without_a_joint_search_take_one_request_at_a_time(corpus):
+    handle = tiny_handle("llama")
+    whole = get_editor("memit", layers=(1,), **SETTINGS, **corpus)
+
+    class Single:
+        def edit(self, handle, requests, *, history=None, progress=None):
+            assert len(requests) == 1
+            return whole.edit(handle, requests)
+
+    told = []
+    patches = edit_many(Single(), handle, REQUESTS, progress=lambda *step: told.append(step))
+    assert [patch.provenance.requests[0]["id"] for patch in patches] == ["a", "b"]
+    assert told == [("edits", 1, 2), ("edits", 2, 2)]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from editors import get_editor
+from editors import edit_many, get_editor
 from editors.keys import mean_over_contexts, read_keys
 from editors.prefixes import Prefixes
 from editors.rome import rank_one_update
@@ -99,15 +99,19 @@ def test_r_rome_holds_on_the_mean_key(corpus):
     (delta,) = patch.deltas.values()
     wanted = value.target.double() - before
     assert torch.allclose(delta.dense().double() @ mean, wanted, atol=1e-4)
-    prompt = get_editor("r_rome", key="prompt", layers=(1,), steps=8, prefixes=TEXTS, **corpus).edit(handle, REQUESTS[:1])
+    prompt = get_editor("r_rome", key="prompt", layers=(1,), steps=8, prefixes=TEXTS, **corpus).edit(
+        handle, REQUESTS[:1]
+    )
     (delta,) = prompt.deltas.values()
-    assert torch.allclose(delta.dense().double() @ read.keys[0], value.target.double() - read.values[0], atol=1e-4)
+    assert torch.allclose(
+        delta.dense().double() @ read.keys[0], value.target.double() - read.values[0], atol=1e-4
+    )
 
 
 def test_many_together_equal_each_alone():
     handle = tiny_handle("qwen3", dtype=torch.float64)
     editor = get_editor("rome_identity", layers=(1,), steps=8, prefixes=TEXTS)
-    together = editor.edit_many(handle, REQUESTS)
+    together = edit_many(editor, handle, REQUESTS)
     for request, patch in zip(REQUESTS, together, strict=True):
         alone = editor.edit(handle, [request])
         (first,), (second,) = patch.deltas.values(), alone.deltas.values()
@@ -133,9 +137,12 @@ def test_a_list_is_edited_in_turn():
 def test_several_layers_are_edited_bottom_up():
     handle = tiny_handle("llama")
     patch = get_editor("rome_identity", layers=(0, 1), steps=4, prefixes=TEXTS).edit(handle, REQUESTS[:1])
-    assert sorted(patch.deltas) == ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+    assert sorted(patch.deltas) == [
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    ]
     with pytest.raises(ConfigError, match="one layer"):
-        get_editor("rome_identity", layers=(0, 1), prefixes=TEXTS).edit_many(handle, REQUESTS)
+        edit_many(get_editor("rome_identity", layers=(0, 1), prefixes=TEXTS), handle, REQUESTS)
 
 
 def test_an_unsound_update_is_said_aloud(caplog):
@@ -157,12 +164,15 @@ def test_lists_that_contradict_themselves_are_refused():
     for requests, words in (
         ([], "empty"),
         ([REQUESTS[0], REQUESTS[0]], "the same id"),
-        ([REQUESTS[0], EditRequest("z", "The capital of {} is", "France", "Tokyo")], "the same prompt and subject"),
+        (
+            [REQUESTS[0], EditRequest("z", "The capital of {} is", "France", "Tokyo")],
+            "the same prompt and subject",
+        ),
         ([REQUESTS[0], again], "the same subject"),
     ):
         with pytest.raises(RequestError, match=words):
             editor.edit(handle, requests)
-    assert len(editor.edit_many(handle, [REQUESTS[0], again])) == 2
+    assert len(edit_many(editor, handle, [REQUESTS[0], again])) == 2
 
 
 def test_editors_do_not_turn_into_one_another():

@@ -20,11 +20,15 @@ CONFIG = ValueConfig(steps=6, lr=0.3, weight_decay=0.3, clamp=3.0)
 
 
 @pytest.mark.parametrize("hinge", [True, False])
-@pytest.mark.parametrize("family, role", [("gpt2", Role.MLP), ("llama", Role.BLOCK), ("gptj", Role.MLP), ("gemma3", Role.MLP)])
+@pytest.mark.parametrize(
+    "family, role", [("gpt2", Role.MLP), ("llama", Role.BLOCK), ("gptj", Role.MLP), ("gemma3", Role.MLP)]
+)
 def test_equals_full_attention_maps(family, role, hinge):
     # Eager attention takes its softmax in fp32 whatever the model's type, so equality is up to that.
     handle = tiny_handle(family, layers=4, scale=2.0)
-    (fast,) = optimise_value(handle, REQUESTS[1:2], 1, role, PREFIXES, CONFIG, [AttentionDrift(gamma=2.0, hinge=hinge)])
+    (fast,) = optimise_value(
+        handle, REQUESTS[1:2], 1, role, PREFIXES, CONFIG, [AttentionDrift(gamma=2.0, hinge=hinge)]
+    )
     rows = [
         PlainRow(row.ids, row.change, row.prompt_last, row.targets)
         for row in request_rows(handle, REQUESTS[1], PREFIXES.flat)
@@ -55,7 +59,9 @@ def test_together_equals_alone():
     config = ValueConfig(steps=8, lr=0.3, clamp=20.0, stop_below=4.5)
     together = optimise_value(handle, REQUESTS, 1, Role.MLP, PREFIXES, config, [term], fact_token="last")
     for request, batched in zip(REQUESTS, together, strict=True):
-        (single,) = optimise_value(handle, [request], 1, Role.MLP, PREFIXES, config, [term], fact_token="last")
+        (single,) = optimise_value(
+            handle, [request], 1, Role.MLP, PREFIXES, config, [term], fact_token="last"
+        )
         assert len(single.losses) == len(batched.losses)
         assert torch.allclose(single.delta, batched.delta, atol=1e-6)
 
@@ -79,7 +85,9 @@ def test_mean_over_rows_sum_over_heads_and_layers():
     rows = drift(original, current, 2, hinge=False)
     expected = torch.stack([rows[:2].mean(), rows[2]]) * 2
     assert torch.allclose(AttentionDrift(gamma=1.0, hinge=False)(step), expected)
-    assert torch.allclose(AttentionDrift(gamma=1.0, hinge=False, gamma_mode="per_head_mean")(step), expected / 4)
+    assert torch.allclose(
+        AttentionDrift(gamma=1.0, hinge=False, gamma_mode="per_head_mean")(step), expected / 4
+    )
 
 
 @settings(max_examples=40, deadline=None)

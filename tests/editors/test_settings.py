@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,12 +23,10 @@ REQUEST = EditRequest("a", "The capital of {} is", "France", "Rome")
 LENGTHS = ((3, 2), (5, 5))
 
 
-class Shape:
+def shape_of(model_type: str, hidden_size: int, n_layers: int, vocab_size: int, **config: Any) -> Any:
     """Just enough of a handle for the preset table."""
-
-    def __init__(self, model_type, hidden_size, n_layers, vocab_size, **config):
-        self.hidden_size, self.n_layers, self.name = hidden_size, n_layers, "shape"
-        self.config = type("Config", (), {"model_type": model_type, "vocab_size": vocab_size, **config})()
+    own = SimpleNamespace(model_type=model_type, vocab_size=vocab_size, **config)
+    return SimpleNamespace(hidden_size=hidden_size, n_layers=n_layers, name="shape", config=own)
 
 
 # -- presets ------------------------------------------------------------------------------------------------------
@@ -43,28 +44,28 @@ class Shape:
     ],
 )
 def test_published_models_are_found_by_shape(shape, name, layers, steps):
-    preset = find_preset(Shape(*shape), "rome")
+    preset = find_preset(shape_of(*shape), "rome")
     assert (preset.name, preset.chosen) == (name, "shape")
     assert preset.values["layers"] == layers
     assert preset.values["steps"] == steps
 
 
 def test_an_unknown_model_takes_scaled_layers_and_says_so():
-    preset = find_preset(Shape("gpt2", 768, 12, 50257), "memit")
+    preset = find_preset(shape_of("gpt2", 768, 12, 50257), "memit")
     assert (preset.name, preset.chosen) == ("gpt2-xl", "fallback")
     assert preset.values["layers"] == (3, 4)
-    assert find_preset(Shape("phi3", 64, 4, 400), "rome").values["layers"] == (1,)
-    assert find_preset(Shape("gemma2", 64, 1, 400), "memit").values["layers"] == (0,)
+    assert find_preset(shape_of("phi3", 64, 4, 400), "rome").values["layers"] == (1,)
+    assert find_preset(shape_of("gemma2", 64, 1, 400), "memit").values["layers"] == (0,)
 
 
 def test_a_model_names_its_own_preset_and_the_caller_overrules_it():
-    own = Shape("llama", 64, 48, 400, knowlab_preset="gpt2-xl")
+    own = shape_of("llama", 64, 48, 400, knowlab_preset="gpt2-xl")
     assert find_preset(own, "rome").chosen == "config"
     assert find_preset(own, "rome", "gpt-j-6b").values["layers"] == (5,)
     with pytest.raises(UnknownNameError, match="gpt2-xl"):
         find_preset(own, "rome", "gpt2xl")
     with pytest.raises(ConfigError, match="only 4"):
-        find_preset(Shape("llama", 64, 4, 400), "rome", "gpt2-xl")
+        find_preset(shape_of("llama", 64, 4, 400), "rome", "gpt2-xl")
     with pytest.raises(ConfigError, match="no values"):
         find_preset(own, "mend")
 
@@ -92,7 +93,9 @@ def test_sadr_brings_its_own_steps_and_weight_and_both_can_be_overruled():
     handle = tiny_handle("llama")
 
     def plan(spec, section, config, **overrides):
-        options = EditorOptions(spec, ("sadr",) if "sadr" in spec else (), prefixes=Prefixes.of([]), overrides=overrides)
+        options = EditorOptions(
+            spec, ("sadr",) if "sadr" in spec else (), prefixes=Prefixes.of([]), overrides=overrides
+        )
         return settle(handle, options, section, config, ())[1]
 
     assert plan("rome", "rome", RomeConfig).values.steps == 25
@@ -117,7 +120,14 @@ def test_names_and_settings_nobody_knows():
         get_editor("rome_identity", step=3).edit(handle, [REQUEST])
     with pytest.raises(ConfigError, match="gamma"):
         get_editor("rome_identity", gamma=3).edit(handle, [REQUEST])
-    for wrong in ({"steps": 0}, {"lr": 0.0}, {"clamp": -1.0}, {"weight_decay": -1.0}, {"fact_token": "first"}):
+    several: tuple[dict[str, Any], ...] = (
+        {"steps": 0},
+        {"lr": 0.0},
+        {"clamp": -1.0},
+        {"weight_decay": -1.0},
+        {"fact_token": "first"},
+    )
+    for wrong in several:
         with pytest.raises(ConfigError):
             get_editor("rome_identity", **wrong).edit(handle, [REQUEST])
 
@@ -175,7 +185,9 @@ def test_templates_without_exactly_one_place_are_refused(texts):
 # -- rows ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("request_", [REQUEST, EditRequest("b", "{}'s wife is", "Barack Obama", "Marie Curie of Paris")])
+@pytest.mark.parametrize(
+    "request_", [REQUEST, EditRequest("b", "{}'s wife is", "Barack Obama", "Marie Curie of Paris")]
+)
 def test_rows_predict_the_target_from_the_prompt(request_):
     handle = tiny_handle("llama")
     for row, context in zip(request_rows(handle, request_, ["{}", "I. {}"]), ["", "I. "], strict=True):

@@ -97,7 +97,9 @@ def test_the_search_raises_the_target_and_respects_the_clamp():
 
 def test_parts_sum_to_the_total_and_start_at_zero():
     handle = tiny_handle("llama")
-    (result,) = optimise_value(handle, REQUESTS[:1], 1, Role.MLP, PREFIXES, CONFIG, [AttentionDrift(gamma=0.5)])
+    (result,) = optimise_value(
+        handle, REQUESTS[:1], 1, Role.MLP, PREFIXES, CONFIG, [AttentionDrift(gamma=0.5)]
+    )
     first = result.losses[0]
     assert first.kl == pytest.approx(0, abs=1e-6)
     assert first.decay == 0
@@ -117,12 +119,12 @@ def test_one_step_is_one_forward_and_no_update():
 @pytest.fixture
 def broken():
     handle = tiny_handle("llama")
-    handle.module(Role.FINAL_NORM).weight.data[0] = float("inf")
+    handle.model.get_parameter(f"{handle.arch.path(Role.FINAL_NORM)}.weight").data[0] = float("inf")
     return handle
 
 
 def test_nan_names_the_request(broken):
-    with pytest.raises(NumericalError, match="'a'.*nan at step 0"):
+    with pytest.raises(NumericalError, match=r"'a'.*nan at step 0"):
         optimise_value(broken, REQUESTS[:1], 1, Role.MLP, PREFIXES, CONFIG)
 
 
