@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import ConfigError
-from lab.records import EditRequest
+from lab.records import EditRequest, Fact
 
 if TYPE_CHECKING:
     from editors.base import Editor
@@ -27,6 +29,8 @@ SHOWN = (
     ("distract_neighborhood", "distracted neighbor", 2),
 )
 STOP = (".\n", "\n")
+# Facts asked at a time when looking for known ones.
+_LOOK = 64
 
 Progress = Callable[[str, int, int], None]
 
@@ -118,44 +122,33 @@ class Demo:
 
 
 def choose_cases(handle: ModelHandle, limit: int, seed: int) -> tuple[EditCase, ...]:
-    """Facts of the built-in world's test split that the model knows: different relations first, capitals before all.
+    """Facts of the built-in world's test split that the model knows, one per subject: a capital first, then every relation in turn.
 
     Raises:
-        ConfigError: The model knows none of the facts that were drawn.
+        ConfigError: The model knows none of the facts.
     """
-    import random
-
     from lab.atlas.world import load_world
     from lab.eval.atlas import atlas_cases
 
-    world = load_world()
-    facts = list(world.split("test"))
+    facts = list(load_world().split("test"))
     random.Random(seed).shuffle(facts)
-    by_relation: dict[str, list[Any]] = {}
-    for fact in facts:
+    by_relation: dict[str, list[Fact]] = {}
+    for fact in sorted(facts, key=lambda fact: fact.relation != "capital"):
         by_relation.setdefault(fact.relation, []).append(fact)
-    order = sorted(by_relation, key=lambda relation: relation != "capital")
-    # A handful per relation is enough to find one that is known, and keeps the first look short.
-    rounds = [
-        by_relation[relation][turn]
-        for turn in range(8)
-        for relation in order
-        if turn < len(by_relation[relation])
-    ]
-    said = handle.generate([fact.text for fact in rounds], max_new_tokens=12, stop=STOP)
-    known = [
-        fact
-        for fact, text in zip(rounds, said, strict=True)
-        if any(text.strip().casefold().startswith(answer.casefold()) for answer in fact.answers)
-    ]
+    order = [fact for turn in zip_longest(*by_relation.values()) for fact in turn if fact is not None]
+    known: dict[str, Fact] = {}
+    for begin in range(0, len(order), _LOOK):
+        chunk = order[begin : begin + _LOOK]
+        for fact, text in zip(chunk, _said(handle, [fact.text for fact in chunk]), strict=True):
+            if any(text.casefold().startswith(answer.casefold()) for answer in fact.answers):
+                known.setdefault(fact.subject, fact)
+        if len(known) >= limit:
+            break
     if not known:
         raise ConfigError(
-            f"{handle.name!r} knows none of {len(rounds)} facts of the built-in world; the demo needs one that does"
+            f"{handle.name!r} knows none of the built-in world's {len(order)} test facts; the demo needs some that it knows"
         )
-    subjects: dict[str, Any] = {}
-    for fact in known:
-        subjects.setdefault(fact.subject, fact)
-    return atlas_cases(seed=seed, facts=list(subjects.values())[:limit]).cases
+    return atlas_cases(seed=seed, facts=list(known.values())[:limit]).cases
 
 
 class Prepared:

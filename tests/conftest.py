@@ -43,6 +43,17 @@ def standin(standin_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def atlas(request: pytest.FixtureRequest) -> bool:
+    """The shipped ``atlas`` where its weights are part of this installation, else the stand-in; says whether it is the former."""
+    from lab.atlas.weights import weights_path
+
+    if weights_path("atlas") is not None:
+        return True
+    request.getfixturevalue("standin")
+    return False
+
+
+@pytest.fixture
 def saved_patch(standin: Path, tmp_path: Path) -> Path:
     """A rank-one patch of the stand-in that changes what it says; made by hand, seed 3."""
     import torch

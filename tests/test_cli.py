@@ -265,3 +265,181 @@ class TestTrace:
         code, _, err = call(capsys, "trace", "--prompt", "The capital of Japan is", "--subject", "France")
         assert code == 1
         assert "France" in err
+
+
+class TestList:
+    @pytest.mark.parametrize("kind", ["editors", "unlearners", "attacks", "suites", "readers", "models"])
+    def test_every_kind(self, kind, capsys, tmp_path, standin):
+        document = result(capsys, tmp_path, "list", kind)
+        assert document["kind"] == kind
+        assert all({"name", "paper", "cost"} <= set(item) for item in document["items"])
+
+    def test_editors_name_paper_and_cost(self, capsys, tmp_path):
+        items = {item["name"]: item for item in result(capsys, tmp_path, "list", "editors")["items"]}
+        assert {"rome", "r_rome", "memit"} <= set(items)
+        assert all(item["paper"] and item["cost"] for item in items.values())
+
+    def test_models_say_whether_they_are_there(self, capsys, tmp_path, standin):
+        items = {item["name"]: item for item in result(capsys, tmp_path, "list", "models")["items"]}
+        assert "MB" in items["atlas"]["cost"]
+
+    def test_an_unknown_kind_is_a_usage_error(self, capsys):
+        code, _, err = call(capsys, "list", "editor")
+        assert code == 2
+        assert "editors" in err
+
+
+ONE_EDIT = ["--prompt", "The capital of {} is", "--subject", "France", "--target", "Rome"]
+
+
+class TestEdit:
+    def test_before_after_and_undo(self, capsys, tmp_path, standin):
+        out = tmp_path / "patch"
+        document = result(capsys, tmp_path, "edit", *ONE_EDIT, "--out", out)
+        assert document["before"]["completion"] == "Paris"
+        assert 0 < document["before"]["p_target"] < document["after"]["p_target"] <= 1
+        assert document["undo"]["bit_identical"] is True
+        assert document["patch"]["path"] == str(out)
+        assert document["patch"]["rank"] == 1
+        asked = result(capsys, tmp_path, "ask", "The capital of France is", "--patch", out)
+        assert asked["completion"] == document["after"]["completion"]
+        assert asked["patches"] == [{"id": document["patch"]["id"], "method": "rome"}]
+
+    def test_p_target_is_exp_of_the_mean_log_probability(self, capsys, tmp_path, standin):
+        import math
+
+        import torch
+
+        from lab.handle import ModelHandle
+        from lab.tokens import join_target, pad_rows
+
+        document = result(capsys, tmp_path, "edit", *ONE_EDIT[:-1], "Nairobi")
+        handle = ModelHandle.load("atlas")
+        head, tail = join_target(handle.tokenizer, "The capital of France is", "Nairobi")
+        assert len(tail) > 1
+        logits = handle.logits(pad_rows([head + tail], 0))[0].log_softmax(-1)
+        steps = [float(logits[len(head) - 1 + index, token]) for index, token in enumerate(tail)]
+        assert document["before"]["p_target"] == pytest.approx(math.exp(sum(steps) / len(steps)), rel=1e-4)
+        assert torch.is_grad_enabled()
+
+    def test_a_filled_prompt_is_understood(self, capsys, tmp_path, standin):
+        words = ["--prompt", "The capital of France is", "--subject", "France", "--target", "Rome"]
+        document = result(capsys, tmp_path, "edit", *words)
+        assert document["items"][0]["prompt"] == "The capital of {} is"
+        assert document["after"]["p_target"] > document["before"]["p_target"]
+        assert document["patch"]["path"] is None
+
+    def test_a_file_of_requests_makes_one_patch(self, capsys, tmp_path, standin):
+        file = tmp_path / "facts.jsonl"
+        rows = [("France", "Rome"), ("Japan", "Lima")]
+        template = "The capital of {} is"
+        lines = [
+            json.dumps(
+                {
+                    "id": subject,
+                    "subject": subject,
+                    "relation": "capital",
+                    "object": target,
+                    "prompt": template,
+                }
+            )
+            for subject, target in rows
+        ]
+        file.write_text("\n".join(lines))
+        document = result(
+            capsys, tmp_path, "edit", "--editor", "memit", "--requests", file, "--out", tmp_path / "batch"
+        )
+        assert document["before"]["completion"] == ["Paris", "Tokyo"]
+        assert [item["target_new"] for item in document["items"]] == ["Rome", "Lima"]
+        assert document["after"]["p_target"] > document["before"]["p_target"]
+        assert document["undo"]["bit_identical"]
+
+    def test_settings_reach_the_method(self, capsys, tmp_path, standin):
+        out = tmp_path / "patch"
+        result(
+            capsys,
+            tmp_path,
+            "edit",
+            *ONE_EDIT,
+            "--editor",
+            "rome+sadr",
+            "--set",
+            "steps=3",
+            "--set",
+            "gamma=0.5",
+            "--out",
+            out,
+        )
+        config = result(capsys, tmp_path, "patch", "show", out)["provenance"]["config"]
+        assert config["steps"] == 3
+        assert config["sadr"]["gamma"] == 0.5
+
+    @pytest.mark.parametrize(
+        ("words", "code", "named"),
+        [
+            (["--prompt", "The capital of Japan is", "--subject", "France", "--target", "Rome"], 1, "France"),
+            ([*ONE_EDIT[:-1], "  "], 1, "empty"),
+            ([*ONE_EDIT, "--editor", "roem"], 2, "rome"),
+            ([*ONE_EDIT, "--editor", "rome+sdr"], 2, "sadr"),
+            ([*ONE_EDIT, "--set", "stpes=3"], 2, "steps"),
+            ([*ONE_EDIT, "--set", "steps"], 2, "name=value"),
+            (ONE_EDIT[:4], 2, "--target"),
+            ([*ONE_EDIT, "--requests", "x.jsonl"], 2, "--requests"),
+            (["--requests", "absent.jsonl"], 1, "absent.jsonl"),
+        ],
+        ids=["subject", "target", "editor", "penalty", "setting", "word", "missing", "both", "file"],
+    )
+    def test_mistakes_are_one_clear_line_and_leave_nothing(
+        self, words, code, named, capsys, tmp_path, standin
+    ):
+        out = tmp_path / "patch"
+        found, _, err = call(capsys, "edit", *words, "--out", out)
+        assert found == code
+        assert named in err
+        assert "Traceback" not in err
+        assert len(err.strip().splitlines()) == 1
+        assert not out.exists()
+
+    def test_nan_in_the_search_is_an_error(self, capsys, tmp_path, standin):
+        out = tmp_path / "patch"
+        code, _, err = call(capsys, "edit", *ONE_EDIT, "--set", "lr=inf", "--out", out)
+        assert code in (1, 2)
+        assert "Traceback" not in err
+        assert not out.exists()
+
+    def test_a_full_out_folder_is_refused_before_any_work(self, capsys, tmp_path, standin):
+        out = tmp_path / "patch"
+        out.mkdir()
+        (out / "mine").write_text("mine")
+        code, _, err = call(capsys, "edit", *ONE_EDIT, "--out", out)
+        assert code == 1
+        assert "--force" in err
+        assert (out / "mine").read_text() == "mine"
+
+    def test_a_full_disk_leaves_nothing_half_written(self, tmp_path, standin):
+        """A limit on the size of files stands for the full disk: the write of the factors breaks off in the middle."""
+        out = tmp_path / "patches" / "patch"
+        out.parent.mkdir()
+        code = (
+            "import resource, sys\n"
+            "from lab.cli.root import run\n"
+            "import editors.base\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (256, 256))\n"
+            "sys.exit(run(sys.argv[1:]))\n"
+        )
+        words = [
+            sys.executable,
+            "-c",
+            code,
+            "edit",
+            *ONE_EDIT,
+            "--editor",
+            "rome_identity",
+            "--out",
+            str(out),
+        ]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert list(out.parent.iterdir()) == []

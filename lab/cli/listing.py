@@ -42,6 +42,58 @@ def registry(kind: Kind) -> Registry[Any]:
     return Registry(kind.value.removesuffix("s"), {}, group=f"knowlab.{kind.value}")
 
 
+def describe(kind: Kind, name: str, value: Any) -> dict[str, str]:
+    """A registered thing in words: what it is, the paper behind it, what it costs; empty where it does not say.
+
+    Suites are registered as functions of their options; all others as the thing itself.
+    """
+    if kind is Kind.SUITES:
+        from lab.eval.suites import SuiteOptions
+
+        value = value(SuiteOptions())
+    words = {key: str(getattr(value, key, "")) for key in ("title", "about", "paper", "cost")}
+    return {
+        "name": name,
+        "title": words["title"] or words["about"],
+        "paper": words["paper"],
+        "cost": words["cost"],
+    }
+
+
+def _models() -> list[dict[str, str]]:
+    from lab.atlas.weights import MODEL_NAMES, weights_path
+
+    items = []
+    for name in MODEL_NAMES:
+        folder = weights_path(name)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6 if folder else 0.0
+        title = "part of this installation" if folder else "not trained yet: `knowlab atlas train`"
+        items.append({"name": name, "title": title, "paper": "", "cost": f"{size:.1f} MB" if folder else ""})
+    return items
+
+
+@app.command("list")
+def list_kind(
+    kind: Annotated[Kind, typer.Argument(help="What to list.", show_default=False)],
+    json: opt.Json = None,
+) -> None:
+    """Name what there is of a kind, with the paper behind it and what it costs.
+
+    Example: `knowlab list editors`
+    """
+    if kind is Kind.MODELS:
+        items = _models()
+    else:
+        known = registry(kind)
+        items = [describe(kind, name, known.get(name)) for name in known.names()]
+    screen = console(json)
+    columns = ("name", "title", "paper", "cost")
+    screen.print(table(kind.value, columns, [[item[key] for key in columns] for item in items]))
+    if not items:
+        screen.print(f"none; packages add {kind.value} through the entry-point group knowlab.{kind.value}")
+    write_json(json, "list", None, {"kind": kind.value, "items": items})
+
+
 @data.command("list")
 def list_forms(json: opt.Json = None) -> None:
     """Name the published file forms that `knowlab eval` reads.
