@@ -32,7 +32,7 @@ def knowedit(options: SuiteOptions) -> Suite:
             return _sanitation_probes(case, options)
         asked = scored_group(case, "rewrite", "paraphrase")
         asked += scored_group(case, "portability", "locality", aliases=options.aliases)
-        if options.fluency:
+        if options.fluency is not False:
             prompts = [request.text for request in case.requests]
             asked += written(case, "generation", tokens=options.text_tokens, top_k=5, prompts=prompts)
         return tuple(asked)
@@ -70,7 +70,7 @@ def knowedit(options: SuiteOptions) -> Suite:
 def _opinion_probes(case: EditCase, options: SuiteOptions) -> tuple[Probe, ...]:
     asked = [scored(probe, number) for number, probe in enumerate(case.of("opinion"))]
     asked += [scored(probe, number, distribution=True) for number, probe in enumerate(case.of("elsewhere"))]
-    if options.fluency:
+    if options.fluency is not False:
         asked += written(case, "generation", tokens=options.text_tokens, top_k=5)
     return tuple(asked)
 
@@ -106,7 +106,7 @@ def _sanitation_probes(case: EditCase, options: SuiteOptions) -> tuple[Probe, ..
         ]
 
     asked = continued("erase", "erase") + continued("kept", "locality")
-    if options.fluency:
+    if options.fluency is not False:
         limit = _SANITATION_TEXTS if options.texts is None else options.texts
         asked += written(case, "generation", tokens=options.text_tokens, top_k=5, limit=limit)
     return tuple(asked)

@@ -95,7 +95,7 @@ def rich_table(reports: Sequence[Report]) -> Table:
     heads, rows = grid(reports)
     table = Table(title=escape(title(reports)), caption=escape("\n".join(remarks(reports))) or None)
     for number, head in enumerate(heads):
-        table.add_column(escape(head), justify="left" if number == 0 else "right")
+        table.add_column(escape(head), justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*[escape(value) for value in row])
     return table

@@ -209,6 +209,7 @@ class _Run:
         self.progress: Progress = progress or (lambda stage, done, total: None)
         self.skipped: list[Skip] = []
         self.passed_over = 0
+        self.too_long = 0
         self.done: list[CaseRow] = []
         self.right_after: list[Values] = []
         order = list(cases.cases)
@@ -254,9 +255,13 @@ class _Run:
             if self._unique and self._subjects & set(case.subjects):
                 self.passed_over += 1
                 continue
+            fitted = self._fitted(case)
+            if fitted is None:
+                self.skip(case, "its prompt is longer than the model's context")
+                continue
             self._subjects |= set(case.subjects)
             found += 1
-            yield case
+            yield fitted
             if found == count:
                 return
 
@@ -269,15 +274,38 @@ class _Run:
                 subject_span(tokenizer, request.text, request.subject, start=start)
             except RequestError as error:
                 return str(error)
-        longest = getattr(self.handle.config, "max_position_embeddings", None)
-        if isinstance(longest, int):
-            for probe in self.suite.probes(case):
-                texts = [f"{probe.prompt} {target}" for target in probe.targets] or [probe.prompt]
-                # A token stands for one byte at least, so short texts need no counting.
-                for text in texts:
-                    if len(text.encode()) >= longest and len(encode_ids(tokenizer, text)) > longest:
-                        return f"a prompt is longer than the model's context of {longest} tokens"
         return ""
+
+    def _fitted(self, case: EditCase) -> EditCase | None:
+        """The case without the prompts that do not fit into the model's context; ``None`` where an edit itself does not."""
+        longest = getattr(self.handle.config, "max_position_embeddings", None)
+        if not isinstance(longest, int):
+            return case
+        long = [probe.prompt for probe in self.suite.probes(case) if self._tokens(probe, longest) > longest]
+        if not long:
+            return case
+        if any(
+            request.text in long or self._count(request.text, longest) > longest for request in case.requests
+        ):
+            return None
+        # A prompt asked after the edited statement ends in the case's own prompt.
+        kept = tuple(p for p in case.probes if not any(text.endswith(p.prompt) for text in long))
+        self.too_long += len(case.probes) - len(kept)
+        return replace(case, probes=kept)
+
+    def _tokens(self, probe: Probe, longest: int) -> int:
+        texts = (
+            [f"{probe.prompt} {target}" for target in probe.targets]
+            if probe.task == "score"
+            else [probe.prompt]
+        )
+        more = 0 if probe.task == "score" or probe.whole else probe.tokens
+        return more + max((self._count(text, longest - more) for text in texts), default=0)
+
+    def _count(self, text: str, longest: int) -> int:
+        # A token stands for one byte at least, so most texts need no counting.
+        bound = len(text.encode()) + 1
+        return bound if bound <= longest else len(encode_ids(self.handle.tokenizer, text))
 
     def known(self, cases: Sequence[EditCase]) -> list[bool | None]:
         """Per case, whether every old answer (or an alias) is the greedy answer; ``None`` where the file gives none."""
@@ -414,6 +442,8 @@ class _Run:
             notes.append(f"{unknown} of {len(self.done)} cases give no old answer and cannot count as known")
         if limit is not None and len(self.done) < limit:
             notes.append(f"only {len(self.done)} of {limit} cases could be had")
+        if self.too_long:
+            notes.append(f"{self.too_long} prompts longer than the model's context were left out")
         if self.passed_over:
             notes.append(
                 f"{self.passed_over} cases were passed over because their subject was edited already"

@@ -67,9 +67,9 @@ class PromptMeasure:
                 kinds.setdefault(probe.kind, []).append(value)
         if not self.by_kind:
             return {self.name: [value for values in kinds.values() for value in values]}
-        found = {f"{self.name}_{kind}": values for kind, values in kinds.items() if kind}
         # Each kind weighs the same, however many prompts it has: EasyEdit's portability and locality.
-        return found | {self.name: [math.fsum(values) / len(values) for values in kinds.values()]}
+        found = {self.name: [math.fsum(values) / len(values) for values in kinds.values()]}
+        return found | {f"{self.name}_{kind}": values for kind, values in kinds.items() if kind}
 
 
 @dataclass(frozen=True)

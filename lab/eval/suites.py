@@ -20,7 +20,8 @@ class SuiteOptions:
     """What a suite may leave out.
 
     Attributes:
-        fluency: Whether texts are generated and their n-gram entropy measured.
+        fluency: Whether texts are generated and their n-gram entropy measured; without a choice the suites do that report it in
+            print (CounterFact, SADR, KnowEdit), and Atlas does not.
         text_tokens: Length of a generated text, prompt included (the papers': 100).
         texts: How many generation prompts per case at most; all of them when ``None``.
         distract: Whether neighbours are also asked after the edited statement, where the suite's paper does not.
@@ -28,7 +29,7 @@ class SuiteOptions:
         convention: For zsRE: ``easyedit`` or ``rome``; must be the one the file was read with.
     """
 
-    fluency: bool = True
+    fluency: bool | None = None
     text_tokens: int = 100
     texts: int | None = None
     distract: bool = True
@@ -82,7 +83,7 @@ def counterfact(options: SuiteOptions) -> Suite:
         asked = scored_group(case, "rewrite", "paraphrase", "neighborhood")
         if options.distract:
             asked += distracted(case, "neighborhood", "distract_neighborhood")
-        if options.fluency:
+        if options.fluency is not False:
             asked += written(case, "generation", tokens=options.text_tokens, top_k=5, limit=options.texts)
         return tuple(asked)
 
@@ -113,7 +114,7 @@ def sadr(options: SuiteOptions) -> Suite:
         )
         asked += distracted(case, "neighborhood", "distract_neighborhood")
         asked += distracted(case, "relation", "distract_relation")
-        if options.fluency:
+        if options.fluency is not False:
             asked += written(case, "generation", tokens=options.text_tokens, top_k=5, limit=options.texts)
         return tuple(asked)
 
