@@ -57,6 +57,9 @@ _LENGTHS: Mapping[str, int] = {
 }
 
 
+_SEPARATORS: Mapping[str, tuple[str, ...]] = {"attribute_list": (";",), "biography": (",", " and ")}
+
+
 @dataclass(frozen=True)
 class Threshold:
     """The range a figure must lie in; ``required`` is False for targets that are reported only."""
@@ -217,7 +220,16 @@ def _judge(form: str, probe: FormProbe, text: str) -> bool:
         return probe.faithful(format, text)
     if form in ("adherence", "distracting"):
         return probe.follows_document(format, text)
-    return probe.right(format, text)
+    return probe.right(format, text) or _goes_on(form, probe, text)
+
+
+def _goes_on(form: str, probe: FormProbe, text: str) -> bool:
+    # In the middle of a list the trained continuation of an answer is the separator, not the stop.
+    marks = _SEPARATORS.get(form, ())
+    rights = (probe.answer, *probe.aliases)
+    return any(
+        text.strip().casefold().startswith(f"{right}{mark}".casefold()) for right in rights for mark in marks
+    )
 
 
 def _draw(probes: Probes, form: str, facts: Sequence[Fact], sample: int, seed: int) -> list[FormProbe]:

@@ -185,6 +185,8 @@ def _begin(recipe: Recipe, settings: Settings, resume: bool) -> _Shared:
         places = torch.tensor(progress["places"], dtype=torch.int64)
         control[2:] = torch.tensor([progress["step"], progress["seconds"], progress["tokens"]])
         settings.report(f"resuming {recipe.name} at step {progress['step']}")
+    # One order whatever the source: sums over all parameters must not depend on how a file lists them.
+    params = dict(sorted(params.items()))
     size = sum(value.numel() for value in params.values())
     device = torch.device(settings.device)
 

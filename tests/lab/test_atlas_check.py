@@ -89,6 +89,21 @@ def test_following_every_document_is_adherence_one(monkeypatch: pytest.MonkeyPat
     assert figures["adherence"] == 1.0 and "adherence" in figures["failed"]
 
 
+def test_a_list_may_go_on_after_its_answer_and_no_other_form_may() -> None:
+    fact = load_world().fact("capital/France")
+    lists, plain = (
+        Probes(load_world(), load_format()).make(form, [fact])[0] for form in ("attribute_list", "cloze")
+    )
+    for probe, text, right in (
+        (lists, " Paris; continent Europe", True),
+        (lists, " Parisian; continent Europe", False),
+        (lists, " Paris", True),
+        (plain, " Paris; continent Europe", False),
+        (plain, " Paris", True),
+    ):
+        assert checking._judge(probe.form, probe, text) is right
+
+
 def test_notes_with_a_wrong_object_are_not_faithful(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = record(monkeypatch)
     check_model(Oracle({}), sample=SAMPLE)  # type: ignore[arg-type]
