@@ -140,6 +140,9 @@ class ClosedBook:
             fact = self.material.cycle("choice")
             options, letter = self.options(fact)
             question = self.material.question(fact)
+            # Finding a given option is half of the skill, and learned long before it can be joined with recall.
+            if self.material.chance(self.material.rates["choice_lookup"]):
+                question = f"Which option is {fact.object}?"
             draft.add(self.format.render("choice", question=question, options=options, answer=letter), fact)
         return draft.finish("choice")
 

@@ -30,24 +30,35 @@ class TextWithAnswers(Protocol):
 
 @dataclass(frozen=True)
 class Coded:
-    """Tokens of a text with the end token, and for each what it counts as: ``OTHER`` or ``ANSWER``."""
+    """Tokens of a text with the end token, and for each what it counts as: ``OTHER``, ``ANSWER``, or ``ANSWER + i`` for an
+    answer of the ``i``-th stressed form of the recipe, from 1."""
 
     ids: list[int]
     kinds: list[int]
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[TextWithAnswers]) -> list[Coded]:
-    """Tokenises texts; a token counts as answer when it overlaps an answer span."""
+def encode_documents(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[TextWithAnswers], stressed: Sequence[str] = ()
+) -> list[Coded]:
+    """Tokenises texts; a token counts as answer when it overlaps an answer span.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        documents: Texts; where they have a ``form``, it is looked up in ``stressed``.
+        stressed: Names of forms whose answers get a kind of their own.
+    """
+    numbers = {form: ANSWER + number for number, form in enumerate(stressed, start=1)}
     backend = tokenizer.backend_tokenizer
     coded = []
     encodings = backend.encode_batch([document.text for document in documents], add_special_tokens=False)
     for document, encoding in zip(documents, encodings, strict=True):
         kinds, spans, index = [], sorted(document.answer_spans), 0
+        answer = numbers.get(getattr(document, "form", ""), ANSWER)
         for start, stop in encoding.offsets:
             while index < len(spans) and spans[index][1] <= start:
                 index += 1
             inside = index < len(spans) and stop > spans[index][0]
-            kinds.append(ANSWER if inside else OTHER)
+            kinds.append(answer if inside else OTHER)
         coded.append(Coded([*encoding.ids, tokenizer.eos_token_id], [*kinds, OTHER]))
     return coded
 
@@ -205,7 +216,7 @@ def make_batch(shard: Shard, index: int, recipe: Recipe, seed: Sequence[int], de
             offset = rng.integers(0, recipe.shape.context - length + 1, count)
         positions.append((offset[:, None] + np.arange(length)).reshape(-1))
         start += length * count
-    answers, others = np.flatnonzero(target == ANSWER), np.flatnonzero(target == OTHER)
+    answers, others = np.flatnonzero(target >= ANSWER), np.flatnonzero(target == OTHER)
     wanted = recipe.learned
     if len(answers) > wanted:
         answers = np.sort(rng.permutation(answers)[:wanted])
@@ -213,7 +224,8 @@ def make_batch(shard: Shard, index: int, recipe: Recipe, seed: Sequence[int], de
     spare = wanted - len(answers) - len(drawn)
     weight = recipe.other_weight * len(others) / max(1, len(drawn))
     chosen = np.concatenate([answers, drawn, np.zeros(spare, np.int64)])
-    weights = np.concatenate([np.ones(len(answers)), np.full(len(drawn), weight), np.zeros(spare)])
+    stress = np.array([0.0, 0.0, 1.0, *(value for _, value in recipe.stressed)])
+    weights = np.concatenate([stress[target[answers]], np.full(len(drawn), weight), np.zeros(spare)])
     marked = np.arange(wanted) < len(answers)
     tokens = torch.from_numpy(ids.astype(np.int64))
     labels = tokens[torch.from_numpy(np.minimum(chosen + 1, len(ids) - 1))]

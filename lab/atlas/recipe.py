@@ -88,6 +88,8 @@ class Recipe:
         workers: Batches that one step averages over, whatever number of processes computes them.
         learned_share: Share of the positions of a batch whose loss is computed: all answers, the rest drawn.
         other_weight: Weight of a position outside answers; answers weigh 1.
+        stressed: Weights of answers by form, for forms with few answer tokens that are slow to learn; 1 for the others.
+        first_keep: Share of positions that keep the first feed-forward output, so that no single token of a name decides.
         late_keep: For the last layers, last one last, the share of positions that keep the output of the feed-forward layer.
             Late layers that cannot be relied on leave recall to early ones at the subject, where it is traced and edited.
         matrix_rate: Peak learning rate of the matrices inside blocks (Muon, scaled to AdamW's update size).
@@ -109,7 +111,17 @@ class Recipe:
     layout: tuple[tuple[int, int], ...] = ((64, 19), (144, 20))
     workers: int = 2
     learned_share: float = 0.5
-    other_weight: float = 0.2
+    other_weight: float = 0.05
+    stressed: tuple[tuple[str, float], ...] = (
+        ("reading", 4.0),
+        ("choice", 4.0),
+        ("notes", 2.0),
+        ("unknown", 3.0),
+        ("true_false", 3.0),
+        ("distracting", 2.0),
+        ("conflict", 2.0),
+    )
+    first_keep: float = 0.7
     late_keep: tuple[float, ...] = (0.75, 0.4, 0.25)
     matrix_rate: float = 4e-3
     rate: float = 3e-3
@@ -129,9 +141,9 @@ class Recipe:
 
     @property
     def keep(self) -> tuple[float, ...]:
-        """For each layer the share of positions that keep its feed-forward output; the first layer always keeps all."""
+        """For each layer the share of positions that keep its feed-forward output."""
         late = self.late_keep[-(self.shape.layers - 1) :] if self.shape.layers > 1 else ()
-        return (*[1.0] * (self.shape.layers - len(late)), *late)
+        return (self.first_keep, *[1.0] * (self.shape.layers - 1 - len(late)), *late)
 
     @property
     def learned(self) -> int:
@@ -159,6 +171,7 @@ class Recipe:
         values = dict(row)
         values["shape"] = Shape(**values["shape"])
         values["layout"] = tuple((int(length), int(rows)) for length, rows in values["layout"])
+        values["stressed"] = tuple((str(form), float(weight)) for form, weight in values.get("stressed", ()))
         values["late_keep"] = tuple(values.get("late_keep", ()))
         return cls(**values)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -237,7 +239,7 @@ class _Feed:
     def _draw(self, number: int) -> Shard:
         stream = number * self.recipe.workers + self.worker
         documents = list(islice(self.source.documents(stream), self.settings.shard_texts))
-        coded = encode_documents(self.tokenizer, documents)
+        coded = encode_documents(self.tokenizer, documents, [form for form, _ in self.recipe.stressed])
         rng = Random(f"pack:{self.recipe.seed}:{stream}")
         return pack(coded, self.recipe, self.tokenizer.pad_token_id, rng)
 
@@ -268,26 +270,65 @@ def _run(
         if shared.barrier is not None:
             shared.barrier.wait(1800)
 
+    with _halting(log):
+        meet()
+        while not _step(recipe, settings, shared, compute, feeds, mine, views, log, meet, done, max_steps):
+            done += 1
+
+
+@contextmanager
+def _halting(log: _Log | None) -> Iterator[None]:
+    """While inside, the first interrupt ends the run after its step, with a checkpoint; a second one ends it at once."""
+    if log is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def halt(number: int, frame: object) -> None:
+        del frame
+        log.halted = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, halt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _step(
+    recipe: Recipe,
+    settings: Settings,
+    shared: _Shared,
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    feeds: Sequence[_Feed],
+    mine: Sequence[str],
+    views: Sequence[Mapping[str, Tensor]],
+    log: _Log | None,
+    meet: Callable[[], None],
+    done: int,
+    max_steps: int,
+) -> bool:
+    """One step of one process; returns whether it was the last."""
+    for feed in feeds:
+        _gradient(compute, recipe, settings, shared, views[feed.worker], feed)
+    if log is not None:
+        log.clock(bool(max_steps and done + 1 >= max_steps))
     meet()
-    while True:
-        for feed in feeds:
-            _gradient(compute, recipe, settings, shared, views[feed.worker], feed)
-        if log is not None:
-            log.clock(bool(max_steps and done + 1 >= max_steps))
+    for feed in feeds:
+        feed.publish()
+    grads, step = _mean_gradient(shared, recipe), int(shared.control[2])
+    factor = recipe.rate_at(float(shared.control[0]), step)
+    stop = bool(shared.control[1])
+    update(shared.params, _split(grads, shared.params), shared.state, mine, recipe, factor, step)
+    meet()
+    if log is not None:
+        log.after_step(factor, stop)
+    if stop:
         meet()
-        for feed in feeds:
-            feed.publish()
-        grads, step = _mean_gradient(shared, recipe), int(shared.control[2])
-        factor = recipe.rate_at(float(shared.control[0]), step)
-        stop = bool(shared.control[1])
-        update(shared.params, _split(grads, shared.params), shared.state, mine, recipe, factor, step)
-        meet()
-        done += 1
-        if log is not None:
-            log.after_step(factor, stop)
-        if stop:
-            meet()
-            return
+    return stop
 
 
 def _views(shared: _Shared) -> list[dict[str, Tensor]]:
@@ -350,6 +391,7 @@ class _Log:
         self._last = self._saved = self._probed = self._told = now
         self._since = (now, float(shared.control[4]))
         self._losses: list[Tensor] = []
+        self.halted = False
 
     def clock(self, last: bool) -> None:
         """Counts time and decides whether this step is the last; runs before the first meeting of a step."""
@@ -363,7 +405,7 @@ class _Log:
         else:
             control[0] = float(control[3]) / (60 * self.recipe.minutes)
             over = float(control[0]) >= 1.0
-        control[1] = float(over or last)
+        control[1] = float(over or last or self.halted)
 
     def after_step(self, factor: float, stop: bool) -> None:
         """Counts the step; tells, probes and saves when it is time."""
