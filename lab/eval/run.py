@@ -378,8 +378,9 @@ class _Run:
         if isinstance(self.editor, ManyEditor) and len(lone) > 1:
             try:
                 made = list(self.editor.edit_many(self.handle, [case.requests[0] for case in lone]))
-            except (RequestError, NumericalError):
-                made = []  # One of them is at fault; alone, each shows whether it is the one.
+            except (RequestError, NumericalError, ConfigError):
+                # One request is at fault, or the method cannot work on several with these settings; alone, each shows.
+                made = []
             if made:
                 yield from zip(lone, made, strict=True)
                 drawn = [case for case in drawn if len(case.requests) != 1]
