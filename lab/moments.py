@@ -104,7 +104,7 @@ def collect_key_stats(
         layers: Blocks whose down projections are tapped; the forward pass ends at the highest.
         texts: Documents; read until the budget is spent.
         max_tokens: Tokens in the mean, exactly, unless the text ends before.
-        max_length: Longer documents are cut; never derived from the model's own limit, which may be 128 k.
+        max_length: Longer documents are cut, here or where the model's context ends; the latter alone may be 128 k.
         batch_tokens: Padded tokens in one forward pass.
         held_out: This many documents give one key each to the convergence read-out instead of to the mean.
         source: Id of the text, for the record.
@@ -120,6 +120,9 @@ def collect_key_stats(
         raise ConfigError(
             "key statistics need at least one layer, one token, max_length 2 and one token per batch"
         )
+    context = getattr(handle.config, "max_position_embeddings", None)
+    if isinstance(context, int):
+        max_length = min(max_length, context)
     sums = {layer: _Moment() for layer in sorted(set(layers))}
     sites = {layer: Site(Role.MLP_OUT, layer, "in") for layer in sums}
     count, seen = 0, 0

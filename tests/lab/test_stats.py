@@ -405,3 +405,10 @@ def test_the_builtin_text_is_recorded_with_its_warning(tmp_path):
         quiet = StatsCache(tmp_path).get(handle, [0], Corpus("atlas", max_tokens=300))[0]
     assert quiet.warning == ""
     assert torch.equal(quiet.moment, stats.moment)
+
+
+def test_documents_longer_than_the_context_are_cut_there():
+    handle = tiny_handle("gpt2")
+    context = handle.config.max_position_embeddings
+    stats = collect_key_stats(handle, [0], [" ".join(TEXTS)] * 2, max_tokens=10_000, held_out=0)
+    assert stats[0].count == 2 * context
