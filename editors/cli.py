@@ -44,6 +44,10 @@ A requests file holds facts as JSON lines; `object` is what the model shall say:
 """
 
 
+# What the demo shows on the terminal; its page has everything.
+MAIN_FIGURES = ("efficacy", "paraphrase", "neighborhood", "distract_neighborhood", "relation", "score")
+
+
 @dataclass(frozen=True)
 class Reply:
     """What a model says after a prompt, and how likely the target is (exp of the mean token log-probability)."""
@@ -241,7 +245,6 @@ def demo(
     from editors.demo import choose_cases, run_demo
     from editors.demo_page import demo_page
     from lab.cli.session import open_model
-    from lab.eval.render import rich_table
     from lab.records import write_text_atomically
 
     names = list(dict.fromkeys(editor or ("rome", "rome+sadr")))
@@ -260,7 +263,18 @@ def demo(
         ]
         heading = f"{request.text} {request.target_old} -> {request.target_new}"
         screen.print(table(heading, ("kind", "prompt", "before", *names), rows))
-    screen.print(rich_table(found.reports))
+    columns = [
+        ("before", found.reports[0].before),
+        *((report.editor, report.metrics) for report in found.reports),
+    ]
+    figures = [
+        (name, *(metrics[name].mean for _, metrics in columns))
+        for name in MAIN_FIGURES
+        if name in columns[0][1]
+    ]
+    screen.print(
+        table("Fractions over the edited facts", ("figure", *(head for head, _ in columns)), figures)
+    )
     drift = [(name, max(float(value) for value in report.max_head)) for name, report in found.drift.items()]
     screen.print(
         table("Attention to the edited subject: largest head drift of any layer", ("editor", "drift"), drift)
