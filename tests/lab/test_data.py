@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,7 @@ FORMS = [
 ]
 
 
-def sample(name: str, **options: str) -> CaseSet:
+def sample(name: str, **options: Any) -> CaseSet:
     return load_cases(SAMPLES / name, options=ReadOptions(**options))
 
 
@@ -182,7 +183,7 @@ def test_convsent_takes_the_next_entity_as_the_unrelated_one():
     sentiment = "postively" if first.meta["sentiment"] == "positive" else "negatively"
     assert sentiment in first.requests[0].prompt
     assert sample("knowedit/convsent.json").cases == sample("knowedit/convsent.json").cases
-    drawn = {sample("knowedit/convsent.json", seed=seed).cases[0].requests[0].text for seed in range(8)}  # type: ignore[arg-type]
+    drawn = {sample("knowedit/convsent.json", seed=seed).cases[0].requests[0].text for seed in range(8)}
     assert len(drawn) > 1
 
 

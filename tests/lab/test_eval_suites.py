@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def means(report: Report) -> dict[str, float | None]:
     return {name: estimate.mean for name, estimate in report.metrics.items()}
 
 
-def sample(name: str, *numbers: int, **options: str) -> list[EditCase]:
+def sample(name: str, *numbers: int, **options: Any) -> list[EditCase]:
     cases = load_cases(SAMPLES / name, options=ReadOptions(**options)).cases
     return [cases[number] for number in numbers] if numbers else list(cases)
 

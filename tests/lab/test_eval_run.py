@@ -1,0 +1,439 @@
+"""Runs: drawing, skipping, the three protocols, and a real model that is left as it was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lab.arch import Role
+from lab.data import CaseProbe, CaseSet, EditCase, load_cases
+from lab.errors import ConfigError, DataError, PatchError, RequestError
+from lab.eval import (
+    BaselineCache,
+    ModelRespondent,
+    Probe,
+    SuiteOptions,
+    atlas_cases,
+    evaluate,
+    evaluate_editing,
+    get_suite,
+)
+from lab.handle import ModelHandle
+from lab.patch import LowRank, Provenance, WeightPatch
+from lab.records import EditRequest
+from lab.scoring import score_targets
+from tests.tiny import tiny_handle
+
+SAMPLES = Path(__file__).resolve().parents[2] / "datasets"
+QUIET = SuiteOptions(fluency=False)
+
+
+class RandomEditor:
+    """A rank-one patch that depends on its requests; refuses the subjects it is told to refuse."""
+
+    def __init__(self, refuse: Sequence[str] = (), strength: float = 1.0) -> None:
+        self.refuse = set(refuse)
+        self.strength = strength
+        self.calls: list[list[str]] = []
+
+    def edit(self, handle: ModelHandle, requests: Sequence[EditRequest]) -> WeightPatch:
+        self.calls.append([request.id for request in requests])
+        for request in requests:
+            if request.subject in self.refuse:
+                raise RequestError(f"will not edit {request.subject}")
+        weight = handle.weight(Role.MLP_OUT, 1)
+        seed = sum(map(ord, "".join(request.id for request in requests)))
+        generator = torch.Generator().manual_seed(seed)
+        left, right = (
+            torch.randn(size, generator=generator) for size in ((weight.shape[0], 1), (1, weight.shape[1]))
+        )
+        parents = tuple(entry.patch.id for entry in handle.applied)
+        delta = LowRank(left * self.strength, right)
+        return WeightPatch(handle.fingerprint, {weight.name: delta}, Provenance("random", seed=seed), parents)
+
+
+class ManyRandomEditor(RandomEditor):
+    """The same, with a way to make many at once."""
+
+    def __init__(self, refuse: Sequence[str] = ()) -> None:
+        super().__init__(refuse)
+        self.batches: list[int] = []
+
+    def edit_many(self, handle: ModelHandle, requests: Sequence[EditRequest]) -> list[WeightPatch]:
+        self.batches.append(len(requests))
+        return [self.edit(handle, [request]) for request in requests]
+
+
+def case(number: int, subject: str = "", old: tuple[str, ...] = ("high",), **changes) -> EditCase:
+    subject = subject or f"Pier {number}"
+    name = f"case/{number}"
+    request = EditRequest(name, "The tide at {} is", subject, "low", old[0] if old else None)
+    probes = (
+        CaseProbe("rewrite", request.text, ("low",), old[0] if old else ""),
+        CaseProbe("neighborhood", f"The tide at Quay {number} is", ("high",), "low"),
+    )
+    made = {
+        "id": name,
+        "format": "counterfact",
+        "requests": (request,),
+        "probes": probes,
+        "old_answers": (old,),
+    }
+    return EditCase(**{**made, "file": "rows.json", "line": number + 2, **changes})
+
+
+def cases(*items: EditCase) -> CaseSet:
+    return CaseSet("counterfact", "counterfact", "rows.json", items)
+
+
+def many(count: int) -> CaseSet:
+    return cases(*(case(number) for number in range(count)))
+
+
+@pytest.fixture(scope="module")
+def handle() -> ModelHandle:
+    return tiny_handle("llama", scale=2.0)
+
+
+@pytest.fixture
+def suite():
+    return get_suite("counterfact", QUIET)
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_shorter_run_is_the_beginning_of_a_longer_one(handle, suite):
+    ids = [
+        [
+            row.id
+            for row in evaluate_editing(suite, handle, RandomEditor(), many(12), limit=limit, seed=5).cases
+        ]
+        for limit in (4, 9)
+    ]
+    assert ids[1][:4] == ids[0]
+    other = evaluate_editing(suite, handle, RandomEditor(), many(12), limit=4, seed=6)
+    assert [row.id for row in other.cases] != ids[0]
+
+
+def test_equal_seeds_give_equal_reports(handle, suite):
+    first, second = (
+        evaluate_editing(suite, handle, RandomEditor(), many(6), seed=1).to_json() for _ in range(2)
+    )
+    for report in (first, second):
+        report.pop("seconds")
+    assert json.dumps(first) == json.dumps(second)
+
+
+def test_unsupported_cases_are_skipped_and_replaced(handle, suite):
+    items = [
+        case(0, requests=(), unsupported="the subject is lost"),
+        *(case(number) for number in range(1, 6)),
+    ]
+    report = evaluate_editing(suite, handle, RandomEditor(), cases(*items))
+    assert report.n == 5
+    assert [(skip.file, skip.line, skip.reason) for skip in report.skipped] == [
+        ("rows.json", 2, "the subject is lost")
+    ]
+    assert report.too_many_skipped, "1 of 6"
+    for seed in range(6):
+        assert evaluate_editing(suite, handle, RandomEditor(), cases(*items), limit=5, seed=seed).n == 5
+
+
+@pytest.mark.parametrize("editor", [RandomEditor, ManyRandomEditor])
+def test_what_the_method_refuses_is_skipped_with_its_reason_and_replaced(handle, suite, editor):
+    report = evaluate_editing(suite, handle, editor(refuse=["Pier 3"]), many(8), limit=7)
+    assert report.n == 7
+    assert all(skip.reason == "will not edit Pier 3" for skip in report.skipped)
+    everything = evaluate_editing(suite, handle, editor(refuse=["Pier 3"]), many(8))
+    assert (everything.n, [skip.id for skip in everything.skipped]) == (7, ["case/3"])
+    assert everything.to_json()["skipped"][0]["line"] == 5
+
+
+def test_editors_that_can_are_asked_for_many_at_once(handle, suite):
+    editor = ManyRandomEditor()
+    one_by_one = evaluate_editing(suite, handle, RandomEditor(), many(5), seed=2)
+    together = evaluate_editing(suite, handle, editor, many(5), seed=2, chunk=3)
+    assert editor.batches == [3, 2]
+    assert together.metrics == one_by_one.metrics
+
+
+def test_nothing_to_evaluate_is_an_error(handle, suite):
+    with pytest.raises(DataError, match="will not edit"):
+        evaluate_editing(suite, handle, RandomEditor(refuse=["Pier 0", "Pier 1"]), many(2))
+    with pytest.raises(DataError, match="not one case"):
+        evaluate_editing(suite, handle, RandomEditor(), cases())
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"protocol": "all"}])
+def test_nonsense_is_refused(handle, suite, options):
+    with pytest.raises(ConfigError):
+        evaluate_editing(suite, handle, RandomEditor(), many(2), **options)
+
+
+def test_a_limit_that_cannot_be_filled_is_said(handle, suite):
+    report = evaluate_editing(suite, handle, RandomEditor(), many(3), limit=10)
+    assert report.n == 3
+    assert any("only 3 of 10" in note for note in report.notes)
+
+
+def test_known_counts_and_known_only_draws(handle, suite):
+    greedy = handle.generate(["The tide at Pier 1 is"], max_new_tokens=1)[0].strip()
+    if not greedy:
+        pytest.skip("the random model answers with white space")
+    items = [case(number) for number in range(4)]
+    items[1] = case(1, old=("nonsense", greedy))
+    items.append(case(9, old=()))
+    report = evaluate_editing(suite, handle, RandomEditor(), cases(*items))
+    known = {row.id: row.known for row in report.cases}
+    assert known["case/1"] is True, "an alias counts"
+    assert known["case/9"] is None
+    assert report.known == sum(value is True for value in known.values())
+    assert any("give no old answer" in note for note in report.notes)
+    only = evaluate_editing(suite, handle, RandomEditor(), cases(*items), known_only=True)
+    assert only.n == only.known == report.known
+    assert not only.skipped, "a filter is no skip"
+
+
+def test_batches_and_sequences_edit_no_subject_twice(handle, suite):
+    items = [case(0, "Pier One"), case(1, "pier  one"), case(2)]
+    for protocol in ("batch", "sequential"):
+        report = evaluate_editing(suite, handle, RandomEditor(), cases(*items), protocol=protocol)  # type: ignore[arg-type]
+        assert report.n == 2
+        assert any("passed over" in note for note in report.notes)
+    assert evaluate_editing(suite, handle, RandomEditor(), cases(*items)).n == 3
+
+
+def test_prompts_longer_than_the_context(handle, suite):
+    short = case(0)
+    long = CaseProbe("neighborhood", "The tide " * 400 + "is", ("high",), "low")
+    trimmed = case(1, probes=(*case(1).probes, long))
+    hopeless = case(
+        2, requests=(EditRequest("case/2", "tide " * 400 + "at {} is", "Pier 2", "low"),), old_answers=((),)
+    )
+    report = evaluate_editing(suite, handle, RandomEditor(), cases(short, trimmed, hopeless))
+    assert report.n == 2
+    assert ["context" in skip.reason for skip in report.skipped] == [True]
+    assert any("1 prompts longer" in note for note in report.notes)
+
+
+# ---- protocols -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["single", "batch", "sequential"])
+def test_the_model_is_left_as_it_was(handle, suite, protocol):
+    bits = handle.weights_digest()
+    report = evaluate_editing(suite, handle, RandomEditor(), many(4), protocol=protocol)
+    assert handle.weights_digest() == bits
+    assert set(report.metrics) == set(report.before)
+    assert report.metrics["efficacy_magnitude"].mean != report.before["efficacy_magnitude"].mean
+    assert report.settings["protocol"] == protocol
+
+
+def test_single_edits_do_not_see_each_other(handle, suite):
+    report = evaluate_editing(suite, handle, RandomEditor(), many(5), seed=3)
+    rows = {row.id: row for row in report.cases}
+    alone = evaluate_editing(suite, handle, RandomEditor(), cases(case(2)))
+    for name, values in alone.cases[0].values.items():
+        assert rows["case/2"].values[name] == pytest.approx(values, abs=1e-6)
+    assert rows["case/2"].p_after == pytest.approx(alone.cases[0].p_after)
+
+
+def test_a_batch_is_one_patch(handle, suite):
+    editor = RandomEditor()
+    evaluate_editing(suite, handle, editor, many(4), protocol="batch")
+    assert [len(call) for call in editor.calls] == [4]
+
+
+def test_a_sequence_is_measured_after_each_edit_and_at_the_end(handle, suite):
+    report = evaluate_editing(suite, handle, RandomEditor(), many(4), protocol="sequential", seed=1)
+    after = report.extra["right_after_edit"]
+    assert set(after) == set(report.metrics)
+    assert after["efficacy_magnitude"].mean != report.metrics["efficacy_magnitude"].mean
+    single = evaluate_editing(suite, handle, RandomEditor(), cases(case(0)), protocol="sequential")
+    assert single.extra["right_after_edit"] == single.metrics
+    refused = evaluate_editing(suite, handle, RandomEditor(refuse=["Pier 1"]), many(4), protocol="sequential")
+    assert (refused.n, len(refused.skipped)) == (3, 1)
+
+
+def test_a_failing_sequence_takes_everything_back(handle, suite):
+    class Breaks(RandomEditor):
+        def edit(self, handle, requests):
+            if len(self.calls) == 2:
+                raise KeyboardInterrupt
+            return super().edit(handle, requests)
+
+    bits = handle.weights_digest()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_editing(suite, handle, Breaks(), many(4), protocol="sequential")
+    assert handle.weights_digest() == bits
+
+
+def test_a_patch_that_stays_is_noticed(suite):
+    class Leaves:
+        def edit(self, handle, requests):
+            patch = RandomEditor().edit(handle, requests)
+
+            class Sticky:
+                @contextmanager
+                def applied(self, handle):
+                    patch.apply(handle)
+                    yield
+
+                def apply(self, handle):
+                    return patch.apply(handle)
+
+            return Sticky()
+
+    with pytest.raises(PatchError, match="not taken back"):
+        evaluate_editing(suite, tiny_handle("llama"), Leaves(), many(1))
+
+
+@pytest.mark.parametrize("protocol", ["single", "batch", "sequential"])
+def test_progress_is_told(handle, suite, protocol):
+    told: list[tuple[str, int, int]] = []
+    evaluate_editing(
+        suite, handle, RandomEditor(), many(3), protocol=protocol, progress=lambda *step: told.append(step)
+    )
+    assert told[-1][1] == told[-1][2] == 3
+
+
+def test_two_editors_share_what_was_asked_before(handle, suite, monkeypatch):
+    asked: list[int] = []
+    observe = ModelRespondent.observe
+    monkeypatch.setattr(
+        ModelRespondent, "observe", lambda self, probes: asked.append(len(probes)) or observe(self, probes)
+    )
+    cache = BaselineCache()
+    first = evaluate_editing(suite, handle, RandomEditor(), many(4), cache=cache)
+    alone, asked[:] = len(asked), []
+    second = evaluate_editing(suite, handle, RandomEditor(strength=3.0), many(4), cache=cache)
+    assert first.before == second.before
+    assert first.metrics != second.metrics
+    assert len(asked) < alone
+
+
+# ---- the model as respondent -----------------------------------------------------------------------------------------
+
+
+def test_ratings_are_those_of_the_scoring_floor(handle):
+    pairs = [
+        ("The capital of France is", "Paris"),
+        ("The tide", "low and slow"),
+        ("Who?", "Marie Curie worked in Paris"),
+    ]
+    probes = [
+        Probe(str(i), "g", prompt, answers=(target,), rival="Rome")
+        for i, (prompt, target) in enumerate(pairs)
+    ]
+    wanted = score_targets(handle, pairs)
+    for size in (1, 2, 64):
+        seen = ModelRespondent(handle, batch_size=size).observe(probes)
+        for observation, score in zip(seen, wanted, strict=True):
+            assert observation.ratings[0].token_logprobs == pytest.approx(score.token_logprobs, abs=1e-4)
+            assert observation.ratings[0].token_correct == score.token_correct
+            assert len(observation.ratings) == 2
+
+
+def test_predicted_tokens_and_distributions_belong_together(handle):
+    probe = Probe("a", "g", "The capital of France is", answers=("Paris and Rome",), distribution=True)
+    (seen,) = ModelRespondent(handle).observe([probe])
+    found = seen.ratings[0]
+    assert found.distribution is not None
+    assert found.distribution.shape == (len(found.predicted), handle.config.vocab_size)
+    assert tuple(found.distribution.argmax(-1).tolist()) == found.predicted
+    assert np.exp(found.distribution).sum(-1) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_continuations_keep_their_order_and_samples_differ(handle):
+    probes = [
+        Probe(str(i), "g", text, "generate", tokens=6)
+        for i, text in enumerate(("The tide", "Who wrote", "The tide"))
+    ]
+    seen = ModelRespondent(handle).observe(probes)
+    assert seen[0].text == seen[2].text == handle.generate(["The tide"], max_new_tokens=6)[0]
+    drawn = [Probe(str(i), "g", "The tide", "generate", tokens=12, top_k=5) for i in range(3)]
+    texts = [o.text for o in ModelRespondent(handle).observe(drawn)]
+    assert len(set(texts)) > 1, "repeated prompts are sampled again"
+    assert texts == [o.text for o in ModelRespondent(handle).observe(drawn)], "and again the same"
+
+
+def test_an_empty_prompt_still_scores(handle):
+    (seen,) = ModelRespondent(handle).observe([Probe("a", "g", "", answers=("Paris",))])
+    assert seen.ratings[0].token_logprobs
+
+
+# ---- all suites on a real model --------------------------------------------------------------------------------------
+
+RUNS = [
+    (
+        "counterfact",
+        "counterfact/counterfact.json",
+        {"efficacy", "paraphrase", "neighborhood", "score", "fluency"},
+    ),
+    ("sadr", "sadr/sadr.json", {"relation", "distract_neighborhood", "score", "portability_reasoning"}),
+    ("zsre", "zsre/zsre.json", {"success", "locality", "portability"}),
+    ("zsre", "zsre/qaedit.json", {"success", "locality"}),
+    ("knowedit", "knowedit/zsre.json", {"success", "portability", "locality", "fluency"}),
+    (
+        "knowedit",
+        "knowedit/wiki_counterfact.json",
+        {"success", "locality_forgetfulness", "portability_reasoning"},
+    ),
+    ("knowedit", "knowedit/wiki_recent.json", {"success", "locality_any_alias"}),
+    ("knowedit", "knowedit/wikibio.json", {"success", "locality"}),
+    ("knowedit", "knowedit/convsent.json", {"success", "locality_kl", "fluency"}),
+    ("knowedit", "knowedit/sanitation_train.json", {"success", "leakage", "locality"}),
+    ("mquake", "mquake/mquake.json", {"success", "hop_accuracy", "multi_hop_accuracy"}),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "wanted"), RUNS)
+def test_every_suite_runs_and_fills_the_contract(handle, name, file, wanted):
+    suite = get_suite(name, SuiteOptions(text_tokens=60, texts=1))
+    report = evaluate_editing(suite, handle, RandomEditor(), load_cases(SAMPLES / file, suite=name))
+    found = report.to_json()
+    assert wanted <= set(found["metrics"])
+    assert set(found["metrics"]) == set(found["before"])
+    for key, value in found["metrics"].items():
+        assert value["low"] <= value["mean"] <= value["high"], key
+        if not key.endswith(("fluency", "_magnitude", "_kl")):
+            assert 0 <= value["low"] <= value["high"] <= 1, key
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_built_in_world_runs_with_one_edit_per_subject(handle):
+    report = evaluate_editing(get_suite("atlas", QUIET), handle, RandomEditor(), atlas_cases(), limit=6)
+    subjects = {row.id.split("/", 1)[1] for row in report.cases}
+    assert len(subjects) == report.n == 6
+    assert {"relation", "distract_neighborhood", "qa", "paraphrase_templates"} <= set(report.metrics)
+
+
+def test_a_model_without_an_editor(handle):
+    found = load_cases(SAMPLES / "counterfact/counterfact.json")
+    report = evaluate(get_suite("counterfact", QUIET), ModelRespondent(handle), found.cases, model="tiny")
+    assert report.n == 4
+    assert not report.before
+    assert report.to_json()["editor"] == ""
+
+
+def test_published_rows_run(shared_data, handle):
+    """Three cases of every published file: the main path on real input."""
+    for name, file in (
+        ("counterfact", "counterfact/counterfact_rome_sample.json"),
+        ("sadr", "counterfact/merged_counterfact.json"),
+        ("zsre", "zsre/zsre_mend_eval_portability_gpt4.json"),
+        ("knowedit", "knowedit/ZsRE-test-all.json"),
+        ("mquake", "mquake/AKEW-MQuAKE-CF.json"),
+    ):
+        report = evaluate_editing(
+            get_suite(name, QUIET), handle, RandomEditor(), load_cases(shared_data / file), limit=3
+        )
+        assert report.n == 3
+        assert report.settings["source"].endswith(file)
