@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from lab.cli.output import check_out, strict
 from lab.cli.root import build_app, describe, run
 from lab.errors import DataError, OutputExistsError
+from tests.standin import CAPITALS
 
 
 def command_names() -> list[list[str]]:
@@ -443,3 +445,176 @@ class TestEdit:
         assert "Traceback" not in done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: ")
         assert list(out.parent.iterdir()) == []
+
+
+def counterfact_row(number: int, country: str, target: str) -> dict:
+    """One record in CounterFact's own schema, about what the stand-in knows."""
+    true = CAPITALS[country]
+    others = [name for name in CAPITALS if name != country][:2]
+    return {
+        "case_id": number,
+        "requested_rewrite": {
+            "prompt": "The capital of {} is",
+            "relation_id": "P36",
+            "target_new": {"str": target, "id": "Q1"},
+            "target_true": {"str": true, "id": "Q2"},
+            "subject": country,
+        },
+        "paraphrase_prompts": [f"{country} has its capital in"],
+        "neighborhood_prompts": [f"The capital of {name} is" for name in others],
+        "attribute_prompts": [],
+        "generation_prompts": [f"{country} has its capital in"],
+    }
+
+
+def counterfact_file(tmp_path: Path, rows: list[dict]) -> Path:
+    file = tmp_path / "counterfact.json"
+    file.write_text("[" + ",\n".join(json.dumps(row) for row in rows) + "]", encoding="utf-8")
+    return file
+
+
+ROWS = [
+    counterfact_row(1, "France", "Rome"),
+    counterfact_row(2, "Kenya", "Lima"),
+    counterfact_row(3, "Peru", "Tokyo"),
+]
+QUICK = ["--editor", "rome_identity", "--set", "steps=3", "--no-fluency"]
+
+
+class TestEval:
+    def test_document_and_reports(self, capsys, tmp_path, standin):
+        file = counterfact_file(tmp_path, ROWS)
+        out = tmp_path / "out"
+        words = ["--data", file, *QUICK, "--limit", "2", "--seed", "5", "--out", out]
+        document = result(capsys, tmp_path, "eval", "counterfact", *words)
+        assert (document["command"], document["seed"], document["suite"]) == ("eval", 5, "counterfact")
+        assert (document["editor"], document["model"], document["n"], document["known"]) == (
+            "rome_identity",
+            "atlas",
+            2,
+            2,
+        )
+        assert {"efficacy", "paraphrase", "neighborhood", "score"} <= set(document["metrics"])
+        assert set(document["metrics"]) == set(document["before"])
+        for table in (document["metrics"], document["before"]):
+            for metric in table.values():
+                assert set(metric) == {"mean", "low", "high", "n"}
+        assert document["before"]["efficacy"]["mean"] == 0
+        assert (
+            document["before"]["neighborhood_accuracy"]
+            == {"mean": 1.0} | document["before"]["neighborhood_accuracy"]
+        )
+        assert document["skipped"] == []
+        assert document["seconds"] > 0
+        assert {path.suffix for path in out.iterdir()} == {".json", ".html", ".md", ".csv", ".tex"}
+
+    def test_a_broken_row_stops_the_run_with_file_and_line(self, capsys, tmp_path, standin):
+        broken = {key: value for key, value in ROWS[1].items() if key != "neighborhood_prompts"} | {
+            "paraphrase_prompts": 7
+        }
+        file = counterfact_file(tmp_path, [ROWS[0], broken, ROWS[2]])
+        code, _, err = call(
+            capsys, "eval", "counterfact", "--data", file, *QUICK, "--json", tmp_path / "r.json"
+        )
+        assert code == 1
+        assert f"{file}:2:" in err
+        assert not (tmp_path / "r.json").exists()
+
+    def test_broken_rows_can_be_reported_instead_and_too_many_fail_the_run(self, capsys, tmp_path, standin):
+        broken = {key: value for key, value in ROWS[1].items() if key != "neighborhood_prompts"} | {
+            "paraphrase_prompts": 7
+        }
+        file = counterfact_file(tmp_path, [ROWS[0], broken, ROWS[2]])
+        target = tmp_path / "r.json"
+        code, _, err = call(
+            capsys, "eval", "counterfact", "--data", file, *QUICK, "--skip-malformed", "--json", target
+        )
+        document = json.loads(target.read_text())
+        assert code == 3
+        assert "5 %" in err
+        assert document["n"] == 2
+        assert [(row["file"], row["line"]) for row in document["skipped"]] == [(str(file), 2)]
+        assert document["skipped"][0]["reason"]
+
+    def test_only_known_cases_when_asked(self, capsys, tmp_path, standin):
+        unknown = counterfact_row(9, "Spain", "Rome")
+        unknown["requested_rewrite"]["target_true"]["str"] = "Lima"
+        file = counterfact_file(tmp_path, [*ROWS, unknown])
+        every = result(capsys, tmp_path, "eval", "counterfact", "--data", file, *QUICK)
+        known = result(capsys, tmp_path, "eval", "counterfact", "--data", file, *QUICK, "--known-only")
+        assert (every["n"], every["known"]) == (4, 3)
+        assert (known["n"], known["known"]) == (3, 3)
+
+    def test_a_model_as_it_is(self, capsys, tmp_path, standin):
+        file = counterfact_file(tmp_path, ROWS)
+        document = result(capsys, tmp_path, "eval", "counterfact", "--data", file, "--no-fluency")
+        assert document["editor"] == ""
+        assert document["metrics"]["efficacy"]["mean"] == 0
+
+    @pytest.mark.parametrize(
+        ("words", "code", "named"),
+        [
+            (["contrafact"], 2, "counterfact"),
+            (["zsre", "--editor", "rome"], 2, "--data"),
+            (["atlas", "--data", "x.json"], 2, "--split"),
+            (["counterfact", "--data", "absent.json"], 1, "absent.json"),
+            (["counterfact", "--data", "absent.json", "--set", "steps=3"], 2, "--editor"),
+        ],
+        ids=["suite", "no data", "data", "absent", "settings"],
+    )
+    def test_mistakes(self, words, code, named, capsys, standin):
+        found, _, err = call(capsys, "eval", *words)
+        assert found == code
+        assert named in err
+        assert len(err.strip().splitlines()) == 1
+
+
+class TestDemo:
+    def test_shows_and_proves(self, capsys, tmp_path, standin):
+        out = tmp_path / "demo"
+        words = ["--limit", "2", "--editor", "rome_identity", "--editor", "rome_identity+sadr", "--out", out]
+        document = result(capsys, tmp_path, "demo", *words)
+        assert document["n"] == 2
+        assert set(document["editors"]) == {"rome_identity", "rome_identity+sadr"}
+        for found in document["editors"].values():
+            assert found["undo"]["bit_identical"] is True
+            assert len(found["attention_drift"]["max_head_drift"]) == 3
+            assert found["metrics"]["efficacy"]["n"] == 2
+        kinds = [line["kind"] for line in document["completions"]]
+        assert set(kinds) == {"prompt", "paraphrase", "neighbor", "distracted neighbor"}
+        assert all(set(line["after"]) == set(document["editors"]) for line in document["completions"])
+        page = (out / "demo.html").read_text(encoding="utf-8")
+        assert page.count("data:image/png;base64,") >= 3
+        assert "http" not in re.sub(r"base64,[^\"]*", "", page).replace("http-equiv", "")
+        assert all(edit["id"] in page for edit in document["edits"])
+        code, _, err = call(capsys, "demo", "--out", out)
+        assert code == 1
+        assert "--force" in err
+
+
+class TestAtlas:
+    def test_the_data_set_is_written_byte_for_byte(self, capsys, tmp_path):
+        document = result(capsys, tmp_path, "atlas", "export", "--out", tmp_path / "atlas")
+        assert document["facts"] >= 1500
+        for file in (tmp_path / "atlas").iterdir():
+            assert (
+                file.read_bytes()
+                == (Path(__file__).parents[1] / "datasets" / "atlas" / file.name).read_bytes()
+            )
+
+    @pytest.mark.parametrize(
+        ("words", "named"),
+        [
+            (["train", "atlsa"], "atlas"),
+            (["train", "--from", "counterfact"], "--data"),
+            (["train", "--from", "counterfact", "--data", "x.json"], "--out"),
+            (["train", "atlas", "--limit", "3"], "--from"),
+            (["export"], "--out"),
+            (["check", "atlsa"], "atlas"),
+            (["check", "--folder", "x"], "exactly one"),
+        ],
+    )
+    def test_mistakes(self, words, named, capsys, standin):
+        code, _, err = call(capsys, "atlas", *words)
+        assert code == 2
+        assert named in err
