@@ -72,6 +72,7 @@ def atlas(options: SuiteOptions) -> Suite:
         score_parts=("efficacy", "paraphrase", "neighborhood", "relation", "distract_neighborhood"),
         comparable="atlas: probability comparison, means per case",
         one_per_subject=True,
+        cost="about 35 scored prompts and one text of 100 tokens",
     )
 
 

@@ -64,6 +64,8 @@ def knowedit(options: SuiteOptions) -> Suite:
         ),
         bounds={"_kl": None},
         comparable="knowedit: EasyEdit's teacher-forced token accuracy and agreement",
+        paper="Zhang et al. 2024, arXiv 2401.01286",
+        cost="about 10 scored prompts and one text of 100 tokens; WikiBio, ConvSent and Sanitation generate more",
     )
 
 

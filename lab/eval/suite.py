@@ -86,6 +86,8 @@ class Suite:
         bounds: Smallest and largest value of metrics that are not fractions; matched by the end of the key.
         comparable: Names the convention; figures of different conventions must not stand in one table.
         one_per_subject: Draws at most one case per subject under every protocol.
+        paper: Where the benchmark is described.
+        cost: What a case asks of the model, in words.
     """
 
     name: str
@@ -97,6 +99,8 @@ class Suite:
     bounds: Mapping[str, Bounds] | None = None
     comparable: str = ""
     one_per_subject: bool = False
+    paper: str = ""
+    cost: str = ""
 
     def values(
         self, case: EditCase, seen: Mapping[str, Observation], before: Mapping[str, Observation] | None = None

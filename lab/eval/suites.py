@@ -100,6 +100,8 @@ def counterfact(options: SuiteOptions) -> Suite:
         ),
         score_parts=("efficacy", "paraphrase", "neighborhood"),
         comparable="counterfact: probability comparison, means per case",
+        paper="Meng et al. 2022, arXiv 2202.05262",
+        cost="about 23 scored prompts and 10 texts of 100 tokens",
     )
 
 
@@ -144,6 +146,8 @@ def sadr(options: SuiteOptions) -> Suite:
         pooling="prompt",
         bounds={"_magnitude": (0.0, 1.0)},
         comparable="sadr: probability comparison, pooled over prompts",
+        paper="Wang et al. 2025, arXiv 2502.14838",
+        cost="CounterFact's prompts, those of other relations, and both again after the edited statement",
     )
 
 
@@ -194,6 +198,8 @@ def zsre(options: SuiteOptions) -> Suite:
         probes=probes,
         measures=shared + (gold if rome else kept + gold),
         comparable=f"zsre: {options.convention} targets, teacher-forced token accuracy",
+        paper="Levy et al. 2017, arXiv 1706.04115; Mitchell et al. 2022, arXiv 2110.11309",
+        cost="3 scored prompts",
     )
 
 
@@ -247,4 +253,6 @@ def mquake(options: SuiteOptions) -> Suite:
             any_question,
         ),
         comparable="mquake: zero-shot continuation, normalised aliases",
+        paper="Zhong et al. 2023, arXiv 2305.14795",
+        cost="1 to 4 edits, their hops scored, 3 short answers",
     )
