@@ -6,66 +6,26 @@ cannot take is skipped with its reason and replaced by another draw, and nothing
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
-from lab.data.cases import CaseSet, EditCase, Skip
+from lab.data.cases import CaseSet, EditCase
 from lab.errors import ConfigError, DataError, NumericalError, PatchError, RequestError
+from lab.eval.draw import Draw
+from lab.eval.patches import Applied, Editor, ManyEditor, Patch, compute
 from lab.eval.probe import Observation, Probe, Respondent
 from lab.eval.report import CaseRow, MetricTable, Report
 from lab.eval.respond import ModelRespondent
 from lab.eval.suite import Suite, Values
 from lab.handle import ModelHandle
-from lab.records import EditRequest
-from lab.tokens import encode_ids, subject_span
 
 Protocols = Literal["single", "batch", "sequential"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is."""
 
-_KNOWN = "known"
 _CHUNK = 16
-
-
-class Applied(Protocol):
-    """A change that is in force."""
-
-    def undo(self) -> Any:
-        """Takes it back."""
-        ...
-
-
-class Patch(Protocol):
-    """What an editor returns: weights or memory."""
-
-    def applied(self, handle: ModelHandle) -> AbstractContextManager[Any]:
-        """In force inside the ``with``."""
-        ...
-
-    def apply(self, handle: ModelHandle) -> Applied:
-        """In force until undone."""
-        ...
-
-
-class Editor(Protocol):
-    """Computes a patch and leaves the model as it was."""
-
-    def edit(self, handle: ModelHandle, requests: Sequence[EditRequest]) -> Patch:
-        """One patch for all requests together."""
-        ...
-
-
-@runtime_checkable
-class ManyEditor(Protocol):
-    """An editor that computes independent edits faster together than one by one."""
-
-    def edit_many(self, handle: ModelHandle, requests: Sequence[EditRequest]) -> Sequence[Patch]:
-        """One patch per request, each as if it were alone."""
-        ...
 
 
 class BaselineCache:
@@ -180,7 +140,7 @@ def evaluate_editing(
     if handle.state != state:
         raise PatchError("the model is not what it was before the evaluation; a patch was not taken back")
     if not run.done:
-        reason = run.skipped[0].reason if run.skipped else "the source holds none"
+        reason = run.draw.skipped[0].reason if run.draw.skipped else "the source holds none"
         raise DataError(f"not one case could be evaluated; the first reason: {reason}", cases.source)
     return run.report(name, seed, time.monotonic() - start, limit, dict(settings or {}))
 
@@ -207,133 +167,21 @@ class _Run:
         self.respondent = ModelRespondent(handle, batch_size=batch_size)
         self.cache = cache or BaselineCache()
         self.progress: Progress = progress or (lambda stage, done, total: None)
-        self.skipped: list[Skip] = []
-        self.passed_over = 0
-        self.too_long = 0
         self.done: list[CaseRow] = []
         self.right_after: list[Values] = []
-        order = list(cases.cases)
-        random.Random(seed).shuffle(order)
-        self._order = iter(order)
-        self._subjects: set[str] = set()
-        self._unique = protocol != "single" or suite.one_per_subject
-
-    # -- drawing ------------------------------------------------------------------------------------------------------
-
-    def draw(self, count: int) -> list[EditCase]:
-        """The next ``count`` cases that can be tried; fewer when the source runs dry."""
-        found: list[EditCase] = []
-        while len(found) < count:
-            fresh = list(self._candidates(count - len(found) if not self.known_only else self.chunk * 4))
-            if not fresh:
-                break
-            if self.known_only:
-                keep = [case for case, known in zip(fresh, self.known(fresh), strict=True) if known]
-                for case in (case for case in fresh if case not in keep):
-                    self._subjects -= set(case.subjects)
-                # What this round does not need goes back, or a shorter run would not be the beginning of a longer one.
-                keep, rest = keep[: count - len(found)], keep[count - len(found) :]
-                self._give_back(rest)
-                found += keep
-            else:
-                found += fresh
-        return found
-
-    def _give_back(self, cases: Sequence[EditCase]) -> None:
-        for case in cases:
-            self._subjects -= set(case.subjects)
-        remaining = self._order
-        self._order = iter([*cases, *remaining])
-
-    def _candidates(self, count: int) -> Iterator[EditCase]:
-        found = 0
-        for case in self._order:
-            reason = case.unsupported or self._obstacle(case)
-            if reason:
-                self.skip(case, reason)
-                continue
-            if self._unique and self._subjects & set(case.subjects):
-                self.passed_over += 1
-                continue
-            fitted = self._fitted(case)
-            if fitted is None:
-                self.skip(case, "its prompt is longer than the model's context")
-                continue
-            self._subjects |= set(case.subjects)
-            found += 1
-            yield fitted
-            if found == count:
-                return
-
-    def _obstacle(self, case: EditCase) -> str:
-        """Why this model cannot take a case, found out before any time is spent on it."""
-        tokenizer = self.handle.tokenizer
-        for request in case.requests:
-            try:
-                start = request.prompt.find("{}")
-                subject_span(tokenizer, request.text, request.subject, start=start)
-            except RequestError as error:
-                return str(error)
-        return ""
-
-    def _fitted(self, case: EditCase) -> EditCase | None:
-        """The case without the prompts that do not fit into the model's context; ``None`` where an edit itself does not."""
-        longest = getattr(self.handle.config, "max_position_embeddings", None)
-        if not isinstance(longest, int):
-            return case
-        long = [probe.prompt for probe in self.suite.probes(case) if self._tokens(probe, longest) > longest]
-        if not long:
-            return case
-        if any(
-            request.text in long or self._count(request.text, longest) > longest for request in case.requests
-        ):
-            return None
-        # A prompt asked after the edited statement ends in the case's own prompt.
-        kept = tuple(p for p in case.probes if not any(text.endswith(p.prompt) for text in long))
-        self.too_long += len(case.probes) - len(kept)
-        return replace(case, probes=kept)
-
-    def _tokens(self, probe: Probe, longest: int) -> int:
-        texts = (
-            [f"{probe.prompt} {target}" for target in probe.targets]
-            if probe.task == "score"
-            else [probe.prompt]
+        self.draw = Draw(
+            suite,
+            handle,
+            cases.cases,
+            seed=seed,
+            unique=protocol != "single" or suite.one_per_subject,
+            known_only=known_only,
+            ask=self.before,
         )
-        more = 0 if probe.task == "score" or probe.whole else probe.tokens
-        return more + max((self._count(text, longest - more) for text in texts), default=0)
-
-    def _count(self, text: str, longest: int) -> int:
-        # A token stands for one byte at least, so most texts need no counting.
-        bound = len(text.encode()) + 1
-        return bound if bound <= longest else len(encode_ids(self.handle.tokenizer, text))
-
-    def known(self, cases: Sequence[EditCase]) -> list[bool | None]:
-        """Per case, whether every old answer (or an alias) is the greedy answer; ``None`` where the file gives none."""
-        asked: list[list[Probe]] = []
-        for case in cases:
-            pairs = zip(case.requests, case.old_answers, strict=True)
-            asked.append(
-                [
-                    Probe(f"{_KNOWN}/{i}", _KNOWN, r.text, answers=old)
-                    for i, (r, old) in enumerate(pairs)
-                    if old
-                ]
-            )
-        flat = iter(self.before([probe for probes in asked for probe in probes]))
-        found: list[bool | None] = []
-        for case, probes in zip(cases, asked, strict=True):
-            seen = [next(flat) for _ in probes]
-            right = [any(rating.all_correct for rating in observation.ratings) for observation in seen]
-            found.append(all(right) if len(right) == len(case.requests) else None)
-        return found
 
     def before(self, probes: Sequence[Probe]) -> list[Observation]:
         """Answers of the model as it stands, kept for the next editor."""
         return self.cache.observe(self.handle, self.respondent, probes)
-
-    def skip(self, case: EditCase, reason: str) -> None:
-        """Leaves a case out."""
-        self.skipped.append(Skip(case.file, case.line, reason, case.id))
 
     # -- the three protocols ------------------------------------------------------------------------------------------
 
@@ -342,16 +190,16 @@ class _Run:
         total = len(self.cases) if limit is None else limit
         if self.protocol == "single":
             while len(self.done) < total:
-                drawn = self.draw(min(self._chunk(), total - len(self.done)))
+                drawn = self.draw.take(min(self._chunk(), total - len(self.done)))
                 if not drawn:
                     break
                 self._single(drawn)
                 self.progress("edited and asked", len(self.done), total)
             return
-        drawn = self.draw(total)
+        drawn = self.draw.take(total)
         if not drawn:
             return
-        known = self.known(drawn)
+        known = self.draw.known(drawn)
         base = _ask(self.suite, drawn, self.before)
         self.progress("asked before", len(drawn), len(drawn))
         after, kept = self._batch(drawn) if self.protocol == "batch" else self._sequential(drawn, base)
@@ -366,7 +214,7 @@ class _Run:
         return min(self.chunk, 2) if heavy else self.chunk
 
     def _single(self, drawn: Sequence[EditCase]) -> None:
-        known = dict(zip([case.id for case in drawn], self.known(drawn), strict=True))
+        known = dict(zip([case.id for case in drawn], self.draw.known(drawn), strict=True))
         base = _ask(self.suite, drawn, self.before)
         for case, patch in self._patches(drawn):
             with patch.applied(self.handle):
@@ -386,14 +234,14 @@ class _Run:
                 drawn = [case for case in drawn if len(case.requests) != 1]
         for case in drawn:
             try:
-                patch = self.editor.edit(self.handle, list(case.requests))
+                patch = compute(self.editor, self.handle, case.requests)
             except (RequestError, NumericalError) as error:
-                self.skip(case, str(error))
+                self.draw.skip(case, str(error))
                 continue
             yield case, patch
 
     def _batch(self, drawn: Sequence[EditCase]) -> tuple[Mapping[str, Mapping[str, Observation]], set[str]]:
-        patch = self.editor.edit(self.handle, [request for case in drawn for request in case.requests])
+        patch = compute(self.editor, self.handle, [request for case in drawn for request in case.requests])
         with patch.applied(self.handle):
             after = _ask(self.suite, drawn, self.respondent.observe, self.progress)
         return after, set(after)
@@ -406,9 +254,9 @@ class _Run:
         try:
             for number, case in enumerate(drawn, start=1):
                 try:
-                    patch = self.editor.edit(self.handle, list(case.requests))
+                    patch = compute(self.editor, self.handle, case.requests)
                 except (RequestError, NumericalError) as error:
-                    self.skip(case, str(error))
+                    self.draw.skip(case, str(error))
                     continue
                 stack.append(patch.apply(self.handle))
                 kept.append(case)
@@ -443,11 +291,11 @@ class _Run:
             notes.append(f"{unknown} of {len(self.done)} cases give no old answer and cannot count as known")
         if limit is not None and len(self.done) < limit:
             notes.append(f"only {len(self.done)} of {limit} cases could be had")
-        if self.too_long:
-            notes.append(f"{self.too_long} prompts longer than the model's context were left out")
-        if self.passed_over:
+        if self.draw.too_long:
+            notes.append(f"{self.draw.too_long} prompts longer than the model's context were left out")
+        if self.draw.passed_over:
             notes.append(
-                f"{self.passed_over} cases were passed over because their subject was edited already"
+                f"{self.draw.passed_over} cases were passed over because their subject was edited already"
             )
         extra: dict[str, MetricTable] = {}
         if self.right_after:
@@ -461,8 +309,8 @@ class _Run:
             known=sum(row.known is True for row in self.done),
             metrics=self.suite.summarise([row.values for row in self.done]),
             before=self.suite.summarise([row.before for row in self.done]),
-            skipped=(*self.cases.malformed, *self.skipped),
-            drawn=len(self.done) + len(self.skipped),
+            skipped=(*self.cases.malformed, *self.draw.skipped),
+            drawn=len(self.done) + len(self.draw.skipped),
             rows=len(self.cases) + len(self.cases.malformed),
             seconds=seconds,
             settings={

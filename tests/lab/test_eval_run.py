@@ -262,6 +262,33 @@ def test_a_sequence_is_measured_after_each_edit_and_at_the_end(handle, suite):
     assert (refused.n, len(refused.skipped)) == (3, 1)
 
 
+@pytest.mark.parametrize("protocol", ["single", "batch", "sequential"])
+def test_a_subject_edited_twice_in_one_case_takes_two_rounds(handle, suite, protocol):
+    class OnePerCall(RandomEditor):
+        def edit(self, handle, requests):
+            if len({request.subject for request in requests}) < len(requests):
+                raise RequestError("the same subject twice; edit them in separate calls")
+            return super().edit(handle, requests)
+
+    names = ("Pier 0", "Pier 1", "Pier 0")
+    requests = tuple(
+        EditRequest(f"case/0/{i}", f"Tide {i} at {{}} is", name, "low") for i, name in enumerate(names)
+    )
+    editor = OnePerCall()
+    bits = handle.weights_digest()
+    report = evaluate_editing(
+        suite, handle, editor, cases(case(0, requests=requests, old_answers=((),) * 3)), protocol=protocol
+    )
+    assert report.n == 1
+    assert editor.calls == [["case/0/0", "case/0/1"], ["case/0/2"]]
+    assert handle.weights_digest() == bits
+    # An editor that takes them together is given them together.
+    evaluate_editing(
+        suite, handle, together := RandomEditor(), cases(case(0, requests=requests, old_answers=((),) * 3))
+    )
+    assert together.calls == [[request.id for request in requests]]
+
+
 def test_a_failing_sequence_takes_everything_back(handle, suite):
     class Breaks(RandomEditor):
         def edit(self, handle, requests):
