@@ -111,13 +111,14 @@ def evaluate_suite(
         typer.Option("--convention", help="For zsre: which answer is taught.", rich_help_panel=SUITE_PANEL),
     ] = Convention.EASYEDIT,
     fluency: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--fluency/--no-fluency",
             help="Generate texts and measure their entropy.",
             rich_help_panel=SUITE_PANEL,
+            show_default="as the suite does in print",
         ),
-    ] = True,
+    ] = None,
     editor: Annotated[
         str | None,
         typer.Option(
@@ -174,8 +175,9 @@ def evaluate_suite(
             report = evaluate(
                 benchmark,
                 ModelRespondent(handle, batch_size=batch_size),
-                cases.cases[:limit],
+                cases.cases,
                 model=model,
+                limit=limit,
                 seed=seed,
             )
         else:

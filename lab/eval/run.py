@@ -6,6 +6,7 @@ cannot take is skipped with its reason and replaced by another draw, and nothing
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -52,7 +53,13 @@ class BaselineCache:
 
 
 def evaluate(
-    suite: Suite, respondent: Respondent, cases: Sequence[EditCase], *, model: str = "", seed: int = 0
+    suite: Suite,
+    respondent: Respondent,
+    cases: Sequence[EditCase],
+    *,
+    model: str = "",
+    limit: int | None = None,
+    seed: int = 0,
 ) -> Report:
     """Asks a respondent all probes of all cases, as it is.
 
@@ -61,10 +68,15 @@ def evaluate(
     Args:
         suite: The benchmark.
         respondent: Whom to ask.
-        cases: What to ask; unsupported cases are asked too where they have probes.
+        cases: What to ask.
         model: Name for the report.
-        seed: Recorded in the report.
+        limit: How many cases, drawn by ``seed`` among those that an editor could take; all in their order without it.
+        seed: Draws the cases; with the same seed an editor is tried on the same ones, those that it refuses aside.
     """
+    if limit is not None:
+        order = list(cases)
+        random.Random(seed).shuffle(order)
+        cases = [case for case in order if not case.unsupported][:limit]
     start = time.monotonic()
     answers = _ask(suite, cases, respondent.observe)
     values = [suite.values(case, answers[case.id]) for case in cases]

@@ -448,6 +448,12 @@ def test_a_model_without_an_editor(handle):
     assert report.n == 4
     assert not report.before
     assert report.to_json()["editor"] == ""
+    drawn = evaluate(get_suite("counterfact", QUIET), ModelRespondent(handle), many(9).cases, limit=4, seed=5)
+    edited = evaluate_editing(
+        get_suite("counterfact", QUIET), handle, RandomEditor(), many(9), limit=4, seed=5
+    )
+    assert [row.id for row in drawn.cases] == [row.id for row in edited.cases]
+    assert drawn.metrics["efficacy_magnitude"] == edited.before["efficacy_magnitude"]
 
 
 def test_published_rows_run(shared_data, handle):
