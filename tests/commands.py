@@ -10,7 +10,7 @@ import pytest
 from lab.cli.root import run
 
 
-def call(capsys, *words: str) -> tuple[int, str, str]:
+def call(capsys, *words: object) -> tuple[int, str, str]:
     code = run([str(word) for word in words])
     said = capsys.readouterr()
     return code, said.out, said.err

@@ -59,7 +59,7 @@ def encode_documents(
                 index += 1
             inside = index < len(spans) and stop > spans[index][0]
             kinds.append(answer if inside else OTHER)
-        coded.append(Coded([*encoding.ids, tokenizer.eos_token_id], [*kinds, OTHER]))
+        coded.append(Coded([*encoding.ids, int(tokenizer.eos_token_id)], [*kinds, OTHER]))  # type: ignore[arg-type]
     return coded
 
 

@@ -54,7 +54,7 @@ class AtlasSource:
                     cloze = rng.choice(wordings).replace("{}", fact.subject)
                     rendered = format.render("cloze", cloze=cloze, answer=fact.object)
                     sets[name].append((rendered.prompt, f" {rendered.answer}{rendered.stop}"))
-        wanted = dict.fromkeys(PROBED_FORMS, self.probes_per_set)
+        wanted: dict[str, int] = {str(form): self.probes_per_set for form in PROBED_FORMS}
         for document in self.documents(_PROBE_STREAM):
             if wanted.get(document.form, 0) > 0:
                 wanted[document.form] -= 1

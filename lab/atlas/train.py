@@ -486,7 +486,7 @@ def recall(
     for start in range(0, len(rows), 32):
         part = rows[start : start + 32]
         length = max(len(head) + len(tail) for head, tail in part)
-        ids = torch.full((len(part), length), tokenizer.pad_token_id)
+        ids = torch.full((len(part), length), int(tokenizer.pad_token_id))  # type: ignore[arg-type]
         for row, (head, tail) in enumerate(part):
             ids[row, : len(head) + len(tail)] = torch.tensor([*head, *tail])
         mask = torch.full((1, 1, length, length), -1e4).triu(1).expand(len(part), -1, -1, -1)
