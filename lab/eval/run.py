@@ -253,10 +253,31 @@ class _Run:
             yield case, patch
 
     def _batch(self, drawn: Sequence[EditCase]) -> tuple[Mapping[str, Mapping[str, Observation]], set[str]]:
-        patch = compute(self.editor, self.handle, [request for case in drawn for request in case.requests])
+        try:
+            patch = self._together(drawn)
+        except (RequestError, NumericalError):
+            drawn = self._takeable(drawn)
+            if not drawn:
+                return {}, set()
+            patch = self._together(drawn)
         with patch.applied(self.handle):
             after = _ask(self.suite, drawn, self.respondent.observe, self.progress)
         return after, set(after)
+
+    def _together(self, cases: Sequence[EditCase]) -> Patch:
+        return compute(self.editor, self.handle, [request for case in cases for request in case.requests])
+
+    def _takeable(self, cases: Sequence[EditCase]) -> list[EditCase]:
+        """The cases of a refused batch that are not at fault, found by halving; the others are skipped with their reasons."""
+        try:
+            self._together(cases)
+        except (RequestError, NumericalError) as error:
+            if len(cases) == 1:
+                self.draw.skip(cases[0], str(error))
+                return []
+            middle = len(cases) // 2
+            return self._takeable(cases[:middle]) + self._takeable(cases[middle:])
+        return list(cases)
 
     def _sequential(
         self, drawn: Sequence[EditCase], base: Mapping[str, Mapping[str, Observation]]

@@ -251,6 +251,17 @@ def test_a_batch_is_one_patch(handle, suite):
     assert [len(call) for call in editor.calls] == [4]
 
 
+def test_a_batch_goes_on_without_what_the_method_refuses(handle, suite):
+    report = evaluate_editing(
+        suite, handle, RandomEditor(refuse=["Pier 2", "Pier 5"]), many(7), protocol="batch"
+    )
+    assert report.n == 5
+    assert {skip.id for skip in report.skipped} == {"case/2", "case/5"}
+    assert report.too_many_skipped
+    with pytest.raises(DataError, match="will not edit"):
+        evaluate_editing(suite, handle, RandomEditor(refuse=["Pier 0"]), many(1), protocol="batch")
+
+
 def test_a_sequence_is_measured_after_each_edit_and_at_the_end(handle, suite):
     report = evaluate_editing(suite, handle, RandomEditor(), many(4), protocol="sequential", seed=1)
     after = report.extra["right_after_edit"]
