@@ -108,7 +108,7 @@ class Recipe:
     shape: Shape = field(default_factory=Shape)
     seed: int = 0
     without: str = ""
-    layout: tuple[tuple[int, int], ...] = ((64, 19), (144, 20))
+    layout: tuple[tuple[int, int], ...] = ((64, 10), (144, 10))
     workers: int = 2
     learned_share: float = 0.5
     other_weight: float = 0.05
@@ -120,6 +120,9 @@ class Recipe:
         ("true_false", 3.0),
         ("distracting", 2.0),
         ("conflict", 2.0),
+        ("spelled", 3.0),
+        ("reverse", 2.0),
+        ("do_not_reveal", 3.0),
     )
     first_keep: float = 0.7
     late_keep: tuple[float, ...] = (0.75, 0.4, 0.25)
