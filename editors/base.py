@@ -71,7 +71,7 @@ def edit_many(
     Args:
         editor: Any editor.
         handle: The model; left as it was.
-        requests: They may share subjects, but not ids or whole prompts.
+        requests: Any; as no edit sees another, they may even repeat.
         progress: As in ``Editor.edit``.
     """
     if isinstance(editor, ManyEditor):

@@ -162,7 +162,8 @@ class RomeEditor:
         Raises:
             ConfigError: The preset edits several layers, which must be done one after another.
         """
-        check_requests(requests, one_per_subject=False)
+        if not requests:
+            return []
         with handle.writing():
             config, plan, factors, extra = self._prepare(handle, progress)
             if len(config.layers) != 1:

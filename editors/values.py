@@ -362,7 +362,7 @@ class _Search:
         result = view.replay.run(delta, view.owner)
         logits = result.logits.to(self.dtype)
         running = len(view.edits)
-        lines = torch.logsumexp(logits, dim=1) - logits.gather(1, view.line_target[:, None])[:, 0]
+        lines = torch.nn.functional.cross_entropy(logits, view.line_target, reduction="none")
         nll = lines.new_zeros(running).index_add(0, view.line_owner, lines * view.line_weight)
         kl = torch.zeros_like(nll)
         if len(view.essence):

@@ -12,18 +12,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from lab.arch import Role
 from lab.errors import ConfigError
 from lab.handle import ModelHandle
-from lab.tokens import Batch, pad_rows
+from lab.prefill import Prefill, cache_of, prefill
+from lab.tokens import Batch
 from lab.trace import Site
 
 TAP_ROLES = (Role.BLOCK, Role.MLP, Role.ATTN)
@@ -45,38 +45,26 @@ class ReplayResult:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Everything of the first pass that later runs need; the first dimension of every tensor is the row.
+    """The first pass, and the queries in suffix columns."""
 
-    Columns ``[0, column)`` are prefixes, aligned to the right; columns from ``column`` on are suffixes, aligned to the left.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor
+    pass_: Prefill
     queries: Tensor | None
-    entering: Tensor | None
-    attn: Tensor
-    mlp: Tensor
-    block: Tensor
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
 
     def select(self, rows: Tensor) -> _Kept:
         def pick(value: Tensor) -> Tensor:
             return value.index_select(0, rows)
 
-        return _Kept(
-            input_ids=pick(self.input_ids),
-            position_ids=pick(self.position_ids),
-            attention_mask=pick(self.attention_mask),
-            queries=None if self.queries is None else pick(self.queries),
-            entering=None if self.entering is None else pick(self.entering),
-            attn=pick(self.attn),
-            mlp=pick(self.mlp),
-            block=pick(self.block),
-            keys=tuple(pick(value) for value in self.keys),
-            values=tuple(pick(value) for value in self.values),
+        whole = self.pass_
+        chosen = replace(
+            whole,
+            input_ids=pick(whole.input_ids),
+            position_ids=pick(whole.position_ids),
+            attention_mask=pick(whole.attention_mask),
+            entering=pick(whole.entering),
+            outputs={role: pick(value) for role, value in whole.outputs.items()},
+            cache=tuple((pick(keys), pick(values)) for keys, values in whole.cache),
         )
+        return _Kept(chosen, None if self.queries is None else pick(self.queries))
 
 
 class Replay:
@@ -113,7 +101,6 @@ class Replay:
         self._handle = handle
         self._layer = int(taps[0].layer or 0)
         self._roles = tuple(site.role for site in taps)
-        self._tuple_sizes: dict[Role, int | None] = {}
         self._column = max(change)
         self._wanted = tuple(
             torch.tensor([position - at for position in places], dtype=torch.long, device=handle.device)
@@ -125,12 +112,14 @@ class Replay:
             ends = [max(end, query + 1) for end, query in zip(ends, queries, strict=True)]
         cut = [list(row[:end]) for row, end in zip(rows, ends, strict=True)]
         with handle.writing(), torch.no_grad():
-            self._kept = self._first_pass(cut, list(change), queries)
+            pass_ = prefill(handle, cut, change, self._layer, TAP_ROLES)
+        offsets = None if queries is None else [query - at for query, at in zip(queries, change, strict=True)]
+        self._kept = _Kept(pass_, None if offsets is None else torch.tensor(offsets, device=handle.device))
 
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return int(self._kept.input_ids.shape[0])
+        return int(self._kept.pass_.input_ids.shape[0])
 
     @property
     def column(self) -> int:
@@ -157,7 +146,7 @@ class Replay:
         """The same replay with only ``rows``, in that order; the first pass is not run again."""
         narrow = object.__new__(Replay)
         narrow._handle, narrow._layer, narrow._roles = self._handle, self._layer, self._roles
-        narrow._tuple_sizes, narrow._column = self._tuple_sizes, self._column
+        narrow._column = self._column
         narrow._wanted = tuple(self._wanted[row] for row in rows)
         narrow._kept = self._kept.select(
             torch.tensor(list(rows), dtype=torch.long, device=self._handle.device)
@@ -175,14 +164,14 @@ class Replay:
             Logits at the wanted positions and, where queries were given, attention rows.
         """
         shift = delta.reshape(delta.shape[0], len(self._roles), -1).index_select(0, owner)
-        kept, model = self._kept, self._handle.model
+        kept, pass_, model = self._kept, self._kept.pass_, self._handle.model
         with ExitStack() as stack:
             stack.enter_context(self._handle.writing())
             captured = (
                 None if kept.queries is None else stack.enter_context(_captured(self._handle, kept.queries))
             )
             stack.enter_context(self._reduced(shift))
-            inputs = self._handle.inputs(Batch(kept.input_ids, kept.attention_mask, kept.position_ids))
+            inputs = self._handle.inputs(Batch(pass_.input_ids, pass_.attention_mask, pass_.position_ids))
             output = model(**inputs, past_key_values=self._cache(), use_cache=True)
             # Attention in the change's own block comes before the change.
             attention = (
@@ -191,88 +180,13 @@ class Replay:
         return ReplayResult(output.logits[0], attention)
 
     def _base(self, role: Role) -> Tensor:
-        return {Role.BLOCK: self._kept.block, Role.MLP: self._kept.mlp, Role.ATTN: self._kept.attn}[role]
-
-    def _first_pass(self, rows: list[list[int]], change: list[int], queries: Sequence[int] | None) -> _Kept:
-        handle, device, layer = self._handle, self._handle.device, self._layer
-        batch = pad_rows(rows, handle.pad_id, "right", device)
-        seen: dict[Role | str, Tensor] = {}
-
-        def keep_output(role: Role) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                self._tuple_sizes[role] = len(output) if isinstance(output, tuple) else None
-                seen[role] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen["entering"] = args[0] if args else kwargs["hidden_states"]
-
-        def no_logits(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0][:, :0],)
-
-        cache = DynamicCache()
-        hooks = []
-        try:
-            for role in TAP_ROLES:
-                hooks.append(handle.module(role, layer).register_forward_hook(keep_output(role)))
-            hooks.append(
-                handle.module(Role.BLOCK, layer).register_forward_pre_hook(keep_input, with_kwargs=True)
-            )
-            hooks.append(handle.module(Role.UNEMBED).register_forward_pre_hook(no_logits))
-            handle.model(**handle.inputs(batch), past_key_values=cache, use_cache=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        starts = torch.tensor(change, device=device)
-        count, width = len(rows), int((lengths - starts).max())
-        place = starts[:, None] + torch.arange(width, device=device)[None]
-        inside = place < lengths[:, None]
-        place = torch.minimum(place, lengths[:, None] - 1)
-        before = torch.arange(self._column, device=device)[None] - (self._column - starts)[:, None]
-        real = before >= 0
-        before = before.clamp(min=0)
-
-        def suffix(values: Tensor) -> Tensor:
-            values = values.reshape(count, -1, values.shape[-1])
-            return values.gather(1, place[..., None].expand(-1, -1, values.shape[-1]))
-
-        def prefix(values: Tensor) -> Tensor:
-            index = before[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[-1])
-            # Zeros, not garbage: a masked weight of 0 times an infinity would still poison the row.
-            return values.gather(2, index).masked_fill(~real[:, None, :, None], 0)
-
-        upper = [_stored(each) for each in cache.layers[layer + 1 :]]
-        return _Kept(
-            input_ids=batch.input_ids.gather(1, place).masked_fill(~inside, handle.pad_id),
-            position_ids=place,
-            attention_mask=torch.cat([real, inside], dim=1).to(batch.attention_mask.dtype),
-            queries=None if queries is None else torch.tensor(queries, device=device) - starts,
-            entering=suffix(seen["entering"]) if layer else None,
-            attn=suffix(seen[Role.ATTN]),
-            mlp=suffix(seen[Role.MLP]),
-            block=suffix(seen[Role.BLOCK]),
-            keys=tuple(prefix(keys) for keys, _ in upper),
-            values=tuple(prefix(values) for _, values in upper),
-        )
+        return self._kept.pass_.outputs[role]
 
     def _cache(self) -> DynamicCache:
-        """A cache that holds the prefixes; layers concatenate out of place, so the kept tensors stay as they are."""
-        kept = self._kept
+        pass_ = self._kept.pass_
         # Skipped blocks never read their keys, but the masks ask layer 0 how much has been seen.
-        blank = torch.zeros((), dtype=kept.block.dtype, device=kept.block.device).expand(
-            self.rows, 1, self._column, 1
-        )
-        skipped = [(blank, blank)] * (self._layer + 1)
-        cache = DynamicCache()
-        for keys, values in [*skipped, *zip(kept.keys, kept.values, strict=True)]:
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            cache.layers.append(layer)
-        return cache
+        blank = pass_.entering.new_zeros(()).expand(self.rows, 1, self._column, 1)
+        return cache_of([*[(blank, blank)] * (self._layer + 1), *pass_.cache])
 
     @contextmanager
     def _reduced(self, shift: Tensor) -> Iterator[None]:
@@ -284,7 +198,7 @@ class Replay:
             value = self._base(role)
             if role in moved:
                 value = _added(value, moved[role])
-            size = self._tuple_sizes[role]
+            size = self._kept.pass_.sizes[role]
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 first = args[0] if args else kwargs["hidden_states"]
@@ -295,11 +209,11 @@ class Replay:
 
         def pass_on(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
-            size = self._tuple_sizes[Role.BLOCK]
+            size = self._kept.pass_.sizes[Role.BLOCK]
             return hidden if size is None else (hidden, *[None] * (size - 1))
 
         def enter(*args: Any, **kwargs: Any) -> Any:
-            return pass_on(self._kept.entering)
+            return pass_on(self._kept.pass_.entering)
 
         def add_to_mlp(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             shaped = output.reshape(self.rows, -1, output.shape[-1])
@@ -340,12 +254,6 @@ def _captured(handle: ModelHandle, queries: Tensor) -> AbstractContextManager[Ma
 def _added(value: Tensor, shift: Tensor) -> Tensor:
     """``value[row, pos, d]`` with ``shift[row, d]`` added at position 0, out of place."""
     return torch.cat([value[:, :1] + shift.to(value.dtype)[:, None], value[:, 1:]], dim=1)
-
-
-def _stored(layer: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
-        raise ConfigError("the model left its key/value cache empty; replay needs a family that fills it")
-    return layer.keys, layer.values
 
 
 @contextmanager

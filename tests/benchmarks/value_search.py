@@ -5,7 +5,8 @@
 GPT-2 of 124 M parameters with random weights, layer 5, 21 prefixes and one essence row, 20 steps, fp32, sdpa, the same rows
 and threads for both. ``ratio``: seconds of the reference over seconds of ``optimise_value``; ``batched_ratio``: eight edits
 one by one over the eight together. The reference must reach half of the machine's matmul rate, measured in the same run,
-or ``ratio_counts`` is false. Equality is checked in a separate fp64 pass. Memory is the peak of a fresh process each.
+or ``ratio_counts`` is false. Equality is checked in a separate fp64 pass. Memory is the peak above the loaded model, in a
+fresh process each (Linux only).
 
 On a machine that other programs use, compare ``cpu_ratio`` (processor seconds) with ``ratio``.
 """
@@ -16,7 +17,6 @@ import argparse
 import gc
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -43,6 +43,7 @@ from tests.tiny import tiny_tokenizer
 
 LAYER = 5
 CONFIG = ValueConfig(steps=20, lr=0.5, weight_decay=0.5, clamp=4.0, kl_factor=0.0625, stop_below=0.0)
+PROC = Path("/proc/self/clear_refs")
 SUBJECTS = ("France", "Japan", "Kenya", "Paris", "Tokyo", "Rome", "Nairobi", "Barack")
 WORDS = (
     " guitar",
@@ -61,8 +62,8 @@ WORDS = (
 def model_handle(dtype: torch.dtype) -> ModelHandle:
     """GPT-2 with random weights; the small tokenizer's ids are a part of its vocabulary."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).to(dtype).eval()
-    return ModelHandle.wrap(model, tiny_tokenizer(), name="gpt2-124m-random")
+    model: Any = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0))
+    return ModelHandle.wrap(model.to(dtype), tiny_tokenizer(), name="gpt2-124m-random")
 
 
 def prefixes() -> Prefixes:
@@ -76,8 +77,8 @@ def prefixes() -> Prefixes:
 
 
 def requests() -> list[EditRequest]:
-    """Eight facts with two tokens of target."""
-    return [EditRequest(subject, "The capital of {} is the", subject, "Paris wife") for subject in SUBJECTS]
+    """Eight facts in ROME's classic form, with one token of target."""
+    return [EditRequest(subject, "The capital of {} is", subject, "Paris") for subject in SUBJECTS]
 
 
 def plain_rows(handle: ModelHandle, request: EditRequest) -> tuple[list[PlainRow], PlainRow]:
@@ -113,6 +114,13 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def counted(work: Callable[[], Any]) -> int:
+    """Floating point operations of the matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
 def matmul_rate(seconds: float = 1.0) -> float:
     """GFLOP/s of a square fp32 product of the size that a batch of tokens makes."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
@@ -134,14 +142,24 @@ def peak_memory(which: str, steps: int) -> float:
 def _measure_memory(which: str, steps: int, threads: int) -> float:
     torch.set_num_threads(threads)
     handle = model_handle(torch.float32)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     config = replace(CONFIG, steps=steps)
+    # Building the model took more than the model needs; the peak counts from here.
+    gc.collect()
+    before = _resident("VmRSS")
+    PROC.write_text("5")
     if which == "fast":
         fast(handle, requests()[:1], config)
     else:
         plain(handle, requests()[0], config)
-    scale = 1024 if sys.platform != "darwin" else 1024**2
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / scale
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """KiB of memory from the kernel's account of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"the kernel tells no {field}")
 
 
 def fp64_difference(request: EditRequest, config: ValueConfig) -> float:
@@ -157,9 +175,12 @@ def measure(quick: bool, steps: int) -> dict[str, Any]:
     config = replace(CONFIG, steps=steps)
     handle, wanted = model_handle(torch.float32), requests()
     one = wanted[0]
-    # Warm both ways: the first pass pays for memory and kernel choice.
+    # The first passes pay for memory and kernel choice; they are counted, not timed.
     fast(handle, wanted[:1], replace(config, steps=2))
-    plain(handle, one, replace(config, steps=2))
+    first = counted(lambda: plain(handle, one, replace(config, steps=1)))
+    second = counted(lambda: plain(handle, one, replace(config, steps=2)))
+    # The last step has no backward pass.
+    work = first + (steps - 1) * (second - first)
 
     rates = [matmul_rate()]
     searches: list[tuple[float, float]] = []
@@ -168,20 +189,11 @@ def measure(quick: bool, steps: int) -> dict[str, Any]:
         references.append(timed(lambda: plain(handle, one, config)))
         searches.append(timed(lambda: fast(handle, wanted[:1], config)))
         rates.append(matmul_rate())
-    with FlopCounterMode(display=False) as counter:
-        plain(handle, one, replace(config, steps=2))
-    two = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        plain(handle, one, replace(config, steps=1))
-    single = counter.get_total_flops()
-    # The last step has no backward pass.
-    work = single + (steps - 1) * (two - single)
-
-    short = replace(config, steps=max(2, steps // 4)) if quick else config
+    short = replace(config, steps=max(2, steps // 2)) if quick else config
     alone = timed(lambda: [fast(handle, [request], short) for request in wanted])
     together = timed(lambda: fast(handle, wanted, short))
-    memory = {which: peak_memory(which, 3) for which in ("fast", "plain")}
-    check = replace(config, steps=4 if quick else steps)
+    memory = {which: peak_memory(which, 2) for which in ("fast", "plain")} if PROC.is_file() else None
+    check = replace(config, steps=2 if quick else steps)
     difference = fp64_difference(one, check)
 
     reference = statistics.median(wall for wall, _ in references)

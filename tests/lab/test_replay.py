@@ -5,6 +5,7 @@ import torch
 
 from lab.arch import Role
 from lab.errors import ConfigError
+from lab.prefill import shared_lengths
 from lab.replay import Replay
 from lab.tokens import pad_rows
 from lab.trace import Site, trace
@@ -84,6 +85,47 @@ def test_rows_can_be_dropped_and_reordered():
     some = replay.keep([3, 0]).run(delta, OWNER[[3, 0]])
     assert replay.logit_rows.tolist() == [0, 0, 1, 3, 3]
     assert torch.allclose(some.logits, every.logits[[3, 4, 0, 1]], atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "opt", "gptj"])
+def test_common_beginnings_are_run_once_with_the_same_result(family, monkeypatch):
+    dtype, tolerance = exactness(family)
+    handle = tiny_handle(family, dtype=dtype)
+    head = list(range(40, 60))
+    rows = [
+        [*head, 5, 6, 7],
+        [*head, 8, 9],
+        [*head[:15], 10, 11, 12, 13],
+        [70, 71, 72],
+        [*head, 5, 6, 14, 15],
+    ]
+    change, wanted = [20, 21, 16, 1, 22], [[21, 22], [21], [18], [2], [23]]
+    shared = shared_lengths(rows, change)
+    assert shared == [20, 20, 15, 0, 22]
+    owner = torch.tensor([0, 1, 0, 1, 0])
+    delta = torch.randn(2, handle.hidden_size, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    site = Site(Role.MLP, 1)
+    seen = []
+    hook = handle.module(Role.EMBED).register_forward_hook(
+        lambda _module, args, _output: seen.append(args[0].numel())
+    )
+    together = Replay(handle, rows, change, site, wanted)
+    hook.remove()
+    assert sum(seen) < 0.8 * len(rows) * max(map(len, rows))
+    monkeypatch.setattr("lab.prefill._CPU_TOKENS", 30)
+    pieces = Replay(handle, rows, change, site, wanted)
+    monkeypatch.setattr("lab.prefill.shared_lengths", lambda rows, change: [0] * len(rows))
+    apart = Replay(handle, rows, change, site, wanted)
+    expected = apart.run(delta, owner).logits
+    for replay in (together, pieces):
+        assert torch.allclose(replay.run(delta, owner).logits, expected, atol=tolerance, rtol=tolerance)
+        assert torch.allclose(replay.base, apart.base, atol=tolerance)
+
+
+def test_sharing_is_left_out_where_it_saves_little():
+    assert shared_lengths([[1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 5, 6, 7, 8, 9, 3, 2, 4]], [5, 5]) == [0, 0]
+    assert shared_lengths([[1, 2, 3, 4]], [3]) == [0]
+    assert shared_lengths([[1, 2, 3, 4], [1, 2, 3, 4]], [3, 3]) == [3, 3]
 
 
 def test_a_row_does_not_see_its_neighbours():
