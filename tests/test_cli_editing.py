@@ -222,7 +222,6 @@ class TestEval:
             for metric in table.values():
                 assert set(metric) == {"mean", "low", "high", "n"}
         assert document["before"]["efficacy"]["mean"] == 0
-        assert document["before"]["neighborhood_accuracy"]["mean"] == 1
         assert document["skipped"] == []
         assert document["seconds"] > 0
         assert {path.suffix for path in out.iterdir()} == {".json", ".html", ".md", ".csv", ".tex"}

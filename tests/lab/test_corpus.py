@@ -12,7 +12,7 @@ from lab.atlas.material import Document
 from lab.atlas.world import World, load_world
 from lab.errors import ConfigError, UnknownNameError
 
-COUNT = 20_000
+COUNT = 30_000
 
 
 @pytest.fixture(scope="module")
