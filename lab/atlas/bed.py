@@ -21,7 +21,7 @@ from lab.atlas.bed_corpus import BedCorpus
 from lab.atlas.bed_plan import BedCase, BedPlan, HeldOut, plan_bed
 from lab.atlas.bed_truths import KINDS, read_true_cases
 from lab.atlas.recipe import Recipe
-from lab.errors import ConfigError, OutputExistsError
+from lab.errors import ConfigError, KnowLabError, OutputExistsError
 from lab.records import write_text_atomically
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def make_bed(
         DataError: A file is absent, malformed, or states nothing that is true before an edit.
         ConfigError: ``limit`` or a budget makes no sense, or the work folder belongs to another bed.
         OutputExistsError: ``out`` holds something already.
+        KnowLabError: The run was interrupted; calling again with the same work folder goes on with it.
     """
     files = [Path(file)] if isinstance(file, (str, os.PathLike)) else [Path(one) for one in file]
     target = Path(out)
@@ -231,22 +232,34 @@ def _train(
     compile: bool,
     tell: Callable[[str], None],
 ) -> Mapping[str, Any]:
-    from lab.atlas.checkpoint import load_checkpoint
     from lab.atlas.train import Settings, train
 
-    found = load_checkpoint(work)
-    if found is not None:
-        done = found[2]
-        over = done["step"] >= recipe.steps if recipe.steps else done["seconds"] >= 60 * recipe.minutes
-        if over:
-            return found[0]
+    params = _trained(work, recipe)
+    if params is not None:
+        return params
     longest = max(length for length, _ in recipe.layout)
     source = BedSource(plan, seed, tokenizer.backend_tokenizer.to_str(), longest)
     texts = min(32768, 4000 + 4 * len(plan.facts))
     settings = Settings(
         work, processes=processes, device=device, compile=compile, shard_texts=texts, report=tell
     )
-    return train(recipe, source, tokenizer, settings)
+    train(recipe, source, tokenizer, settings)
+    params = _trained(work, recipe)
+    if params is None:
+        raise KnowLabError(f"the run was interrupted; the same work folder ({work}) goes on with it")
+    return params
+
+
+def _trained(work: Path, recipe: Recipe) -> Mapping[str, Any] | None:
+    """The parameters of the work folder's run, if it has used up its budget."""
+    from lab.atlas.checkpoint import load_checkpoint
+
+    found = load_checkpoint(work)
+    if found is None:
+        return None
+    params, _, done = found
+    over = done["step"] >= recipe.steps if recipe.steps else done["seconds"] >= 60 * recipe.minutes
+    return params if over else None
 
 
 def _finish(

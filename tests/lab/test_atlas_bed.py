@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lab.atlas.bed_phrases import Runs, derived_label
 from lab.atlas.bed_plan import BedPlan, plan_bed
 from lab.atlas.bed_truths import fold, read_true_cases
 from lab.atlas.recipe import Recipe, Shape
-from lab.errors import ConfigError, DataError, OutputExistsError, UnknownNameError
+from lab.errors import ConfigError, DataError, KnowLabError, OutputExistsError, UnknownNameError
 from lab.handle import ModelHandle
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
@@ -294,6 +295,21 @@ def test_a_failure_leaves_nothing_behind(file: Path, tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="No space"):
         _quick(file, out)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".bed", "bed"))] == ["bed.work"]
+
+
+def test_an_interrupted_run_makes_no_bed(file: Path, tmp_path: Path) -> None:
+    from lab.atlas import train
+
+    halted = replace(small(hidden=16), steps=6)
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = train.train
+        patch.setattr(train, "train", lambda *args, **more: original(*args, **more, max_steps=2))
+        with pytest.raises(KnowLabError, match="interrupted"):
+            make_bed("counterfact", file, tmp_path / "bed", recipe=halted, processes=1, compile=False)
+    assert not (tmp_path / "bed").exists()
+    made = make_bed("counterfact", file, tmp_path / "bed", recipe=halted, processes=1, compile=False)
+    assert made.cases == 23 and (made.folder / BED_FILE).is_file()
 
 
 def _quick(file: Path, out: Path, train: Callable[..., Any] = make_bed) -> None:
