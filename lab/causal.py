@@ -259,10 +259,10 @@ def subject_site(
         std = (
             noise_std_of(handle, noise, [[ids[at] for at in span] for ids, span in prompts]) if facts else 0.0
         )
-        # Equal lengths together, for rows are never padded.
+        # Equal lengths together, for corrupted rows are never padded.
         order = sorted(range(len(facts)), key=lambda index: len(prompts[index][0]))
-        for start in range(0, len(order), 16):
-            chunk = order[start : start + 16]
+        for start in range(0, len(order), 64):
+            chunk = order[start : start + 64]
             cases = clean_cases(handle, "mlp", [prompts[index] for index in chunk])
             kept = []
             for index, case in zip(chunk, cases, strict=True):
@@ -284,7 +284,7 @@ def subject_site(
                 token, layers[fact.id] = divmod(int(effect.argmax()), handle.n_layers)
                 classes[fact.id] = position_class(token, case.subject, len(case.ids))
             if progress is not None:
-                progress(min(start + 16, len(facts)), len(facts))
+                progress(min(start + 64, len(facts)), len(facts))
     return SiteReport(classes, layers, tuple(unknown), tuple(uncorrupted))
 
 

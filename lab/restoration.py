@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from lab.arch import Role
 from lab.errors import ConfigError, NumericalError
@@ -67,16 +70,6 @@ def clean_cases(handle: ModelHandle, kind: str, prompts: Sequence[tuple[list[int
     return cases
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row to run: which case and noise sample, and what to put back."""
-
-    case: int
-    sample: int
-    token: int = -1
-    layer: int = -1
-
-
 def trace_cases(
     handle: ModelHandle,
     kind: str,
@@ -87,90 +80,173 @@ def trace_cases(
     seed: int,
     batch_tokens: int,
 ) -> tuple[list[float], list[Tensor]]:
-    """Corrupted probability and effects ``[token, layer]`` of each case."""
+    """Corrupted probability and effects ``[token, layer]`` of each case.
+
+    Restoring something at token ``t`` of block ``l`` changes nothing left of ``t`` and nothing below ``l``. So the corrupted
+    prompts run once in full, and each restoration re-runs the rest only, on the keys and values that were kept.
+    """
     if samples < 1:
         raise ConfigError(f"tracing needs at least one noise sample, not {samples}")
-    depth = handle.n_layers
-    rows = []
-    for index, case in enumerate(cases):
-        rows += [_Row(index, sample) for sample in range(samples)]
-        # Left of the subject nothing is corrupted, so nothing can be restored: those effects are exactly 0.
-        places = range(case.subject[0], len(case.ids))
-        rows += [
-            _Row(index, s, token, layer) for token in places for layer in range(depth) for s in range(samples)
-        ]
     # The same draws for every case, as in the reference: a fixed generator per prompt.
     longest = max((len(case.subject) for case in cases), default=0)
     size = handle.module(Role.EMBED)(torch.zeros(1, 1, dtype=torch.long, device=handle.device)).shape[-1]
     generator = torch.Generator().manual_seed(seed)
-    draws = (
-        torch.randn(longest, samples, size, generator=generator, dtype=torch.float64).transpose(0, 1) * std
-    )
-    scores: dict[_Row, float] = {}
-    for start, stop in _chunks([len(cases[row.case].ids) for row in rows], batch_tokens):
-        part = rows[start:stop]
-        values = _run_rows(handle, kind, window, cases, part, draws)
-        scores.update(zip(part, values.tolist(), strict=True))
-    corrupted = [sum(scores[_Row(index, s)] for s in range(samples)) / samples for index in range(len(cases))]
-    effects = []
-    for index, case in enumerate(cases):
-        effect = torch.zeros(len(case.ids), depth, dtype=torch.float64)
-        for token in range(case.subject[0], len(case.ids)):
-            for layer in range(depth):
-                mean = sum(scores[_Row(index, s, token, layer)] for s in range(samples)) / samples
-                effect[token, layer] = mean - corrupted[index]
-        effects.append(effect)
+    draws = torch.randn(longest, samples, size, generator=generator, dtype=torch.float64) * std
+    corrupted = [0.0] * len(cases)
+    effects = [torch.zeros(len(case.ids), handle.n_layers, dtype=torch.float64) for case in cases]
+    for group in _groups(cases, max(1, batch_tokens // samples)):
+        run = _Corrupted(handle, [cases[index] for index in group], draws)
+        low = run.score.view(len(group), samples).mean(1)
+        for place, index in enumerate(group):
+            corrupted[index] = float(low[place])
+        # Left of the subject nothing is corrupted, so nothing can be restored: those effects are exactly 0.
+        first = min(cases[index].subject[0] for index in group)
+        for token in range(first, len(cases[group[0]].ids)):
+            inside = [place for place, index in enumerate(group) if cases[index].subject[0] <= token]
+            part = run.after(token, inside)
+            for layer in range(handle.n_layers):
+                scores = part.restored(kind, layer, window).view(len(inside), samples).mean(1)
+                for score, place in zip(scores, inside, strict=True):
+                    effects[group[place]][token, layer] = score - low[place]
     return corrupted, effects
 
 
-def _chunks(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
-    """Runs of rows of one length, each of at most ``batch_tokens`` tokens (one row at least)."""
-    chunks, start = [], 0
-    for at in range(1, len(lengths) + 1):
-        full = at < len(lengths) and (at + 1 - start) * lengths[start] > batch_tokens
-        if at == len(lengths) or lengths[at] != lengths[start] or full:
-            chunks.append((start, at))
-            start = at
-    return chunks
+def _groups(cases: Sequence[Case], most_tokens: int) -> list[list[int]]:
+    """Cases of one length together, at most ``most_tokens`` tokens in a group (one case at least)."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(cases)), key=lambda index: len(cases[index].ids)):
+        length = len(cases[index].ids)
+        last = groups[-1] if groups else []
+        if not last or len(cases[last[0]].ids) != length or (len(last) + 1) * length > most_tokens:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
 
 
-def _run_rows(
-    handle: ModelHandle, kind: str, window: int, cases: Sequence[Case], rows: Sequence[_Row], draws: Tensor
-) -> Tensor:
-    """Probability of each row's answer, ``[row]``."""
-    device = handle.device
-    ids = torch.tensor([cases[row.case].ids for row in rows], device=device)
-    positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
-    batch = Batch(ids, torch.ones_like(ids), positions)
+class _Corrupted:
+    """Corrupted rows of cases of one length, run once: scores, keys and values, and what enters each block."""
 
-    def corrupt(embedded: Tensor) -> Tensor:
-        noise = torch.zeros_like(embedded)
-        for index, row in enumerate(rows):
-            span = cases[row.case].subject
-            noise[index, span.start : span.stop] = draws[row.sample, : len(span)].to(noise)
-        return embedded + noise
-
-    def restore(layer: int, touched: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        places = torch.tensor([rows[index].token for index in touched], device=device)
-        clean = torch.stack([cases[rows[index].case].states[layer, rows[index].token] for index in touched])
-
-        def write(output: Tensor) -> Tensor:
-            return output.index_put((torch.tensor(touched, device=device), places), clean.to(output.dtype))
-
-        return write
-
-    writes: dict[Site, Callable[[Tensor], Tensor]] = {Site(Role.EMBED): corrupt}
-    for layer in range(handle.n_layers):
-        touched = [
-            index
-            for index, row in enumerate(rows)
-            if row.token >= 0 and row.layer - window // 2 <= layer < row.layer + (window + 1) // 2
+    def __init__(self, handle: ModelHandle, cases: Sequence[Case], draws: Tensor) -> None:
+        self.handle, self.cases, self.samples = handle, cases, draws.shape[1]
+        device = handle.device
+        ids = torch.tensor([case.ids for case in cases], device=device)
+        self.ids = ids.repeat_interleave(self.samples, 0)
+        self.answers = torch.tensor([case.answer for case in cases], device=device).repeat_interleave(
+            self.samples
+        )
+        self.noise = torch.zeros(*self.ids.shape, draws.shape[2], dtype=draws.dtype)
+        for place, case in enumerate(cases):
+            rows = slice(place * self.samples, (place + 1) * self.samples)
+            self.noise[rows, case.subject.start : case.subject.stop] = draws[: len(case.subject)].transpose(
+                0, 1
+            )
+        self.noise = self.noise.to(device=device, dtype=handle.dtype)
+        cache = DynamicCache()
+        entering = [Site(Role.BLOCK, layer, "in") for layer in range(handle.n_layers)]
+        mask = torch.ones_like(self.ids)
+        batch = Batch(self.ids, mask, mask.cumsum(1) - 1)
+        self.sizes: list[int | None] = []
+        hooks = [
+            handle.module(Role.BLOCK, layer).register_forward_hook(self._size)
+            for layer in range(handle.n_layers)
         ]
-        if touched:
-            writes[Site(KIND_ROLES[kind], layer)] = restore(layer, touched)
-    with trace(handle, writes=writes) as recording:
-        logits = recording.run(batch, logits_to_keep=1)
-    if logits is None:
-        raise NumericalError("the forward pass gave no logits")
-    answers = torch.tensor([cases[row.case].answer for row in rows], device=device)
+        try:
+            with trace(
+                handle, entering, writes={Site(Role.EMBED): lambda value: value + self.noise}
+            ) as recording:
+                logits = recording.run(batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if logits is None:
+            raise NumericalError("the forward pass gave no logits")
+        self.entering = [recording[site] for site in entering]
+        self.kept = [_stored(layer) for layer in cache.layers]
+        self.score = _probability(logits, self.answers)
+
+    def _size(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.sizes.append(len(output) if isinstance(output, tuple) else None)
+
+    def after(self, token: int, inside: Sequence[int]) -> _Suffix:
+        """The columns from ``token`` on, of the cases numbered ``inside``."""
+        rows = torch.tensor(
+            [at * self.samples + s for at in inside for s in range(self.samples)], device=self.ids.device
+        )
+        return _Suffix(self, token, rows, [self.cases[at] for at in inside])
+
+
+class _Suffix:
+    """Re-runs what lies right of one token and above one block."""
+
+    def __init__(self, run: _Corrupted, token: int, rows: Tensor, cases: Sequence[Case]) -> None:
+        self.run, self.token, self.rows, self.cases = run, token, rows, cases
+        self.kept = [(keys[rows, :, :token], values[rows, :, :token]) for keys, values in run.kept]
+        self.entering = [value[rows, token:] for value in run.entering]
+
+    def restored(self, kind: str, layer: int, window: int) -> Tensor:
+        """Probability of each row's answer with the clean activations of ``layer``'s window back at the token, ``[row]``."""
+        run, handle = self.run, self.run.handle
+        lowest = max(0, layer - window // 2)
+        highest = min(handle.n_layers, layer + (window + 1) // 2)
+        writes: dict[Site, Callable[[Tensor], Tensor]] = {}
+        if lowest == 0:
+            noise = run.noise[self.rows, self.token :]
+            writes[Site(Role.EMBED)] = lambda value: value + noise
+        for at in range(lowest, highest):
+            clean = torch.stack([case.states[at, self.token] for case in self.cases])
+            writes[Site(KIND_ROLES[kind], at)] = _put_first(clean.repeat_interleave(run.samples, 0))
+        cache = DynamicCache()
+        for keys, values in self.kept:
+            cached = DynamicLayer()
+            cached.lazy_initialization(keys, values)
+            cached.keys, cached.values = keys, values
+            cache.layers.append(cached)
+        ids = run.ids[self.rows, self.token :]
+        seen = torch.ones_like(run.ids[self.rows])
+        positions = torch.arange(self.token, run.ids.shape[1], device=ids.device).expand_as(ids)
+        inputs = handle.inputs(Batch(ids, seen, positions))
+        with trace(handle, writes=writes) as recording, self._skipped(lowest):
+            logits = recording.call(
+                lambda: (
+                    handle.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                ),
+                (ids.shape[0], ids.shape[1]),
+            )
+        if logits is None:
+            raise NumericalError("the forward pass gave no logits")
+        return _probability(logits, run.answers[self.rows])
+
+    @contextmanager
+    def _skipped(self, lowest: int) -> Iterator[None]:
+        """Lets the blocks below ``lowest`` hand on what the corrupted run put into block ``lowest``."""
+        blocks = [self.run.handle.module(Role.BLOCK, below) for below in range(lowest)]
+        saved = [vars(block).get("forward") for block in blocks]
+        value = self.entering[lowest]
+
+        def answer(size: int | None) -> Callable[..., Any]:
+            return lambda *_args, **_kwargs: value if size is None else (value, *[None] * (size - 1))
+
+        try:
+            for block, size in zip(blocks, self.run.sizes, strict=False):
+                vars(block)["forward"] = answer(size)
+            yield
+        finally:
+            for block, forward in zip(blocks, saved, strict=True):
+                if forward is None:
+                    vars(block).pop("forward", None)
+                else:
+                    vars(block)["forward"] = forward
+
+
+def _stored(layer: object) -> tuple[Tensor, Tensor]:
+    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+        raise ConfigError("the model left its key/value cache empty; tracing needs a family that fills it")
+    return layer.keys, layer.values
+
+
+def _put_first(clean: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda output: torch.cat([clean.to(output.dtype)[:, None], output[:, 1:]], dim=1)
+
+
+def _probability(logits: Tensor, answers: Tensor) -> Tensor:
     return log_probs(logits[:, -1]).gather(-1, answers[:, None]).squeeze(-1).exp().double().cpu()
