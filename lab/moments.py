@@ -177,15 +177,16 @@ class _Moment:
         """Adds ``keys [batch, pos, in]`` where ``keep [batch, pos]`` is 1; sets those aside where it is 2."""
         width = keys.shape[-1]
         flat = keys[keep == 1].to(torch.promote_types(keys.dtype, torch.float32))
-        if self.total is None:
+        total = self.total
+        if total is None:
             device = torch.device("cpu") if width >= _WIDE else keys.device
-            self.total = torch.zeros(width, width, dtype=torch.float64, device=device)
+            total = self.total = torch.zeros(width, width, dtype=torch.float64, device=device)
         product = flat.T @ flat
         if not bool(torch.isfinite(product.diagonal()).all()):
             raise NumericalError(
                 "a key of the down projection is NaN or infinite on the corpus; load the model in fp32 or bf16"
             )
-        self.total += product.to(device=self.total.device, dtype=torch.float64)
+        total += product.to(device=total.device, dtype=torch.float64)
         self.held.append(keys[keep == 2].double().cpu())
 
     def mean(self, count: int) -> Tensor:

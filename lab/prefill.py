@@ -273,7 +273,7 @@ def _concatenated(pieces: Sequence[Prefill]) -> Prefill:
     )
 
 
-def _stored(layer: object) -> KeysValues:
+def _stored(layer: Any) -> KeysValues:
     if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
         raise ConfigError("the model left its key/value cache empty; replay needs a family that fills it")
     return layer.keys, layer.values

@@ -153,7 +153,7 @@ def _hub_source(spec: str) -> TextSource:
     if not name or spec.count(":") > 2:
         raise ConfigError(f"'hub:{spec}' is not hub:name[:config[:split]]")
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # type: ignore[attr-defined]
     except ImportError:
         # Without the library, a folder called datasets/ beside the caller imports as an empty namespace.
         raise MissingDependencyError("datasets", "a text source 'hub:'", "train") from None

@@ -225,8 +225,9 @@ def _run(trainer: TrainerLike) -> dict[str, Any]:
     trainer.train()
     if not isinstance(trainer, Trainer):
         return {}
-    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": int(trainer.state.global_step), "losses": losses}
+    state: Any = vars(trainer)["state"]
+    losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
+    return {"steps": int(state.global_step), "losses": losses}
 
 
 def _chosen(handle: ModelHandle, names: Sequence[str]) -> dict[str, Weight]:
