@@ -226,6 +226,10 @@ class _Feed:
         number, index = (int(value) for value in self.place)
         if self._shard is None or number != self._number:
             self._shard, self._number = self._draw(number), number
+        if index >= len(self._shard):
+            # The texts or the layout changed since the checkpoint, and this shard is now shorter.
+            self.place.copy_(torch.tensor([number + 1, 0]))
+            return self.next()
         seed = (self.recipe.seed, self.worker, number, index)
         batch = make_batch(self._shard, index, self.recipe, seed, torch.device(self.settings.device))
         last = index + 1 >= len(self._shard)
