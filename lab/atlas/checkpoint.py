@@ -119,7 +119,10 @@ def export_model(
         save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
         for name, text in (extras or {}).items():
             (fresh / name).write_text(text, encoding="utf-8")
+        # Temporary folders and safetensors files are private to their owner; a model is for everybody.
         fresh.chmod(0o755)
+        for path in fresh.iterdir():
+            path.chmod(0o644)
         replace_folder(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
