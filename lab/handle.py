@@ -139,7 +139,8 @@ class ModelHandle:
         folder = weights_path(name) if name in MODEL_NAMES else Path(name)
         if folder is None:
             raise ConfigError(
-                f"the weights of {name!r} are not part of this installation; `knowlab atlas train` makes them"
+                f"the weights of {name!r} are not part of this installation; make them with `knowlab atlas train "
+                f"{name}` and `knowlab atlas export {name} --out models/{name}`, then set KNOWLAB_ATLAS_DIR=models"
             )
         if not folder.is_dir():
             if name in MODEL_NAMES:
