@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lab.errors import OutputExistsError, PatchError, PatchFormatError
+from lab.errors import PatchError, PatchFormatError
+from lab.files import write_folder
 from lab.patch import Delta, Dense, LowRank, Provenance, WeightPatch
 
 FORMAT = "knowlab-patch"
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "patch.safetensors"
 CARD_FILE = "patch.json"
-
-
-def write_folder(folder: str | Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> Path:
-    """Makes a folder in one step: ``fill`` writes into a temporary one beside it, which then takes its name.
-
-    A failure (a full disk, an interrupt) leaves whatever was there before and nothing half-written.
-
-    Raises:
-        OutputExistsError: The folder holds something already and ``overwrite`` is off.
-    """
-    target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise OutputExistsError(f"{target} is a file, not a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise OutputExistsError(f"{target} is not empty; choose another folder or overwrite it on purpose")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    old: Path | None = None
-    try:
-        fill(fresh)
-        umask = os.umask(0)
-        os.umask(umask)
-        fresh.chmod(0o777 & ~umask)
-        if target.is_dir():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            os.replace(target, old / "folder")
-        os.replace(fresh, target)
-    except BaseException:
-        if old is not None and not target.exists():
-            os.replace(old / "folder", target)
-        shutil.rmtree(fresh, ignore_errors=True)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def save_patch(patch: WeightPatch, folder: str | Path, *, overwrite: bool = False) -> Path:

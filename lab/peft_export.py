@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lab.errors import PatchError, PatchFormatError
+from lab.files import write_folder
 from lab.patch import Delta, LowRank, Provenance, WeightPatch, library_versions
-from lab.patch_files import write_folder
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lab.errors import DataError, EmptyTargetError, RequestError, SubjectNotFoundError
+from lab.files import replacing
 
 Trust = Literal["verified", "unverified", "superseded"]
 
@@ -145,21 +144,8 @@ def write_facts(path: str | Path, facts: Iterable[Fact]) -> None:
 
 def write_text_atomically(path: str | Path, text: str) -> None:
     """Writes ``text`` so that a reader sees the old or the new content, never a part; a full disk leaves the old file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

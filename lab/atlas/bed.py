@@ -274,8 +274,8 @@ def _finish(
     tell: Callable[[str], None],
 ) -> BedResult:
     from lab.atlas.checkpoint import export_model
+    from lab.files import write_folder
     from lab.handle import ModelHandle
-    from lab.patch_files import write_folder
 
     model = work / "model"
     # Counted on the weights as they are shipped, rounded to fp16.

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,22 +12,12 @@ from torch import Tensor
 
 from lab.atlas.recipe import Recipe
 from lab.errors import DataError
+from lab.files import replacing, write_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _PARAMS, _STATE = "param/", "state/"
-
-
-def replace_folder(fresh: Path, place: Path) -> None:
-    """Moves a finished folder to where another may stand; the old one disappears only when the new one is whole."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    old = place.with_name(f".{place.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(fresh, place)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -46,16 +33,10 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {_PARAMS + name: value.contiguous() for name, value in params.items()}
     tensors |= {_STATE + name: value.contiguous() for name, value in state.items()}
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".checkpoint")
-    os.close(handle)
-    try:
-        save_file(tensors, name, {"progress": json.dumps(dict(progress))})
-        os.replace(name, folder / "checkpoint.safetensors")
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with replacing(folder / "checkpoint.safetensors") as temporary:
+        save_file(tensors, temporary, {"progress": json.dumps(dict(progress))})
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
@@ -107,9 +88,7 @@ def export_model(
     """
     from safetensors.torch import save_file
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    def fill(fresh: Path) -> None:
         config = recipe.shape.config()
         config.architectures = ["LlamaForCausalLM" if recipe.shape.family == "llama" else "GPT2LMHeadModel"]
         config.dtype = dtype
@@ -119,10 +98,8 @@ def export_model(
         save_file(tensors, fresh / "model.safetensors", {"format": "pt"})
         for name, text in (extras or {}).items():
             (fresh / name).write_text(text, encoding="utf-8")
-        # Temporary folders and safetensors files are private to their owner; a model is for everybody.
-        fresh.chmod(0o755)
+        # safetensors files are private to their owner; a model is for everybody.
         for path in fresh.iterdir():
             path.chmod(0o644)
-        replace_folder(fresh, out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+
+    write_folder(out, fill, overwrite=True)

@@ -190,7 +190,7 @@ def export(
             raise ConfigError("--rank belongs to --format peft")
         _write_merged("patch export", [folder], out, model, device, dtype, force, json)
         return
-    from lab.patch_files import write_folder
+    from lab.files import write_folder
 
     handle, change = _open(folder, model, None, device, dtype)
     errors: dict[str, float] = {}
@@ -229,8 +229,8 @@ def _write_merged(
     json: Path | None,
 ) -> None:
     from lab.cli.session import open_model
+    from lab.files import write_folder
     from lab.patch import WeightPatch
-    from lab.patch_files import write_folder
     from lab.patch_io import read_patch
 
     handle = open_model(model, device=device, dtype=dtype)

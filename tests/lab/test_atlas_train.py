@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lab.atlas import checkpoint, lean, packing
+from lab.atlas import lean, packing
 from lab.atlas.checkpoint import export_model, load_checkpoint, save_checkpoint
 from lab.atlas.optimizer import orthogonalize
 from lab.atlas.recipe import Recipe, Shape
@@ -228,7 +228,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
 ) -> None:
     params = {"a": torch.ones(3)}
     save_checkpoint(tmp_path, params, {}, {"step": 1})
-    monkeypatch.setattr(checkpoint.os, "replace", _full_disk)
+    monkeypatch.setattr(Path, "replace", _full_disk)
     with pytest.raises(OSError, match="full"):
         save_checkpoint(tmp_path, {"a": torch.zeros(3)}, {}, {"step": 2})
     found = load_checkpoint(tmp_path)
