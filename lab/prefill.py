@@ -191,7 +191,7 @@ def _run(
     finally:
         for hook in hooks:
             hook.remove()
-    return _Pass(seen, sizes, [_stored(each) for each in cache.layers], skipped, room - skipped)
+    return _Pass(seen, sizes, [stored_keys_values(each) for each in cache.layers], skipped, room - skipped)
 
 
 def _cut(
@@ -273,7 +273,12 @@ def _concatenated(pieces: Sequence[Prefill]) -> Prefill:
     )
 
 
-def _stored(layer: Any) -> KeysValues:
+def stored_keys_values(layer: Any) -> KeysValues:
+    """Keys and values of one layer of a filled cache.
+
+    Raises:
+        ConfigError: The layer is of another kind, or empty.
+    """
     if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
-        raise ConfigError("the model left its key/value cache empty; replay needs a family that fills it")
+        raise ConfigError("the model left its key/value cache empty; replay and tracing need a family that fills it")
     return layer.keys, layer.values

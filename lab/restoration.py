@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from lab.arch import Role
 from lab.errors import ConfigError, NumericalError
+from lab.prefill import stored_keys_values
 from lab.scoring import log_probs
 from lab.tokens import Batch, pad_rows
 from lab.trace import Site, trace
@@ -161,7 +161,7 @@ class _Corrupted:
         if logits is None:
             raise NumericalError("the forward pass gave no logits")
         self.entering = [recording[site] for site in entering]
-        self.kept = [_stored(layer) for layer in cache.layers]
+        self.kept = [stored_keys_values(layer) for layer in cache.layers]
         self.score = _probability(logits, self.answers)
 
     def _size(self, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -236,12 +236,6 @@ class _Suffix:
                     vars(block).pop("forward", None)
                 else:
                     vars(block)["forward"] = forward
-
-
-def _stored(layer: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
-        raise ConfigError("the model left its key/value cache empty; tracing needs a family that fills it")
-    return layer.keys, layer.values
 
 
 def _put_first(clean: Tensor) -> Callable[[Tensor], Tensor]:
