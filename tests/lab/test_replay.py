@@ -33,7 +33,12 @@ def full_logits(handle, site, delta):
 
 
 def exactness(family):
-    return (torch.float32, 2e-4) if family in ("gemma2", "gptj") else (torch.float64, 1e-10)
+    return (torch.float32, 1e-4) if family in ("gemma2", "gptj") else (torch.float64, 1e-10)
+
+
+def difference(found, expected):
+    """Largest difference over the largest value."""
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,8 +59,8 @@ def test_equals_the_full_forward_pass(family):
         delta = torch.randn(2, handle.hidden_size, dtype=dtype, generator=torch.Generator().manual_seed(1))
         expected = full_logits(handle, Site(role, layer), delta)
         unchanged = full_logits(handle, Site(role, layer), torch.zeros_like(delta))
-        assert torch.allclose(replay.run(delta, OWNER).logits, expected, atol=tolerance, rtol=tolerance)
-        assert torch.allclose(replay.run(0 * delta, OWNER).logits, unchanged, atol=tolerance, rtol=tolerance)
+        assert difference(replay.run(delta, OWNER).logits, expected) < tolerance
+        assert difference(replay.run(0 * delta, OWNER).logits, unchanged) < tolerance
         assert not torch.allclose(expected, unchanged, atol=1e-2)
 
 
@@ -118,7 +123,7 @@ def test_common_beginnings_are_run_once_with_the_same_result(family, monkeypatch
     apart = Replay(handle, rows, change, site, wanted)
     expected = apart.run(delta, owner).logits
     for replay in (together, pieces):
-        assert torch.allclose(replay.run(delta, owner).logits, expected, atol=tolerance, rtol=tolerance)
+        assert difference(replay.run(delta, owner).logits, expected) < tolerance
         assert torch.allclose(replay.base, apart.base, atol=tolerance)
 
 
