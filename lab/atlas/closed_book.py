@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lab.atlas.forms import Format, held_out_chain
 from lab.atlas.material import Cycle, Document, Draft, Material, chain_noun
@@ -134,17 +135,35 @@ class ClosedBook:
         return draft.finish("qa")
 
     def choice(self) -> Document:
-        """One or two questions with four options; the right letter is drawn evenly."""
+        """One or two lists of four options, each with one to three questions that it answers; letters are drawn evenly."""
         draft = Draft()
         for _ in range(self.material.count(1, 2)):
-            fact = self.material.cycle("choice")
-            options, letter = self.options(fact)
-            question = self.material.question(fact)
-            # Finding a given option is half of the skill, and learned long before it can be joined with recall.
-            if self.material.chance(self.material.rates["choice_lookup"]):
-                question = f"Which option is {fact.object}?"
-            draft.add(self.format.render("choice", question=question, options=options, answer=letter), fact)
+            facts = self._options_of_facts(self.material.cycle("choice"))
+            options = [fact.object for fact in facts]
+            asked = self.material.rng.sample(facts, min(len(facts), self.material.count(1, 3)))
+            for position, fact in enumerate(asked):
+                question = self.material.question(fact)
+                # Finding a given option is half of the skill, and learned long before it can be joined with recall.
+                if self.material.chance(self.material.rates["choice_lookup"]):
+                    question = f"Which option is {fact.object}?"
+                letter = self.format.strings["letters"][options.index(fact.object)]
+                rendered = self.format.render("choice", question=question, options=options, answer=letter)
+                # Further questions stand under the same list; one pass then teaches several letters.
+                prompt = rendered.prompt.partition("\n")[2] if position else rendered.prompt
+                draft.add(replace(rendered, prompt=prompt))
         return draft.finish("choice")
+
+    def _options_of_facts(self, fact: Fact) -> list[Fact]:
+        """The fact and up to three others of its relation, in random order; none of their objects answers another."""
+        pool = self.material.by_relation[fact.relation]
+        chosen = [fact]
+        for other in self.material.rng.sample(pool, min(len(pool), 12)):
+            if len(chosen) < len(self.format.strings["letters"]) and not any(
+                other.object in one.answers or one.object in other.answers for one in chosen
+            ):
+                chosen.append(other)
+        self.material.rng.shuffle(chosen)
+        return chosen
 
     def options(self, fact: Fact) -> tuple[list[str], str]:
         """Up to four different options in random order, and the letter of the right one."""
@@ -155,22 +174,20 @@ class ClosedBook:
         return options, self.format.strings["letters"][options.index(fact.object)]
 
     def true_false(self) -> Document:
-        """A true or a false claim, evenly."""
-        material = self.material
-        fact = material.cycle("true_false")
-        true = material.chance(0.5)
-        claim = f"{material.wording(fact)} {fact.object if true else material.wrong_object(fact)}"
-        answer = self.format.strings["true" if true else "false"]
-        return (
-            Draft()
-            .add(self.format.render("true_false", claim=claim, answer=answer), fact)
-            .finish("true_false")
-        )
+        """Two to four claims, each true or false by chance."""
+        material, draft = self.material, Draft()
+        for _ in range(material.count(2, 4)):
+            fact = material.cycle("true_false")
+            true = material.chance(0.5)
+            claim = f"{material.wording(fact)} {fact.object if true else material.wrong_object(fact)}"
+            answer = self.format.strings["true" if true else "false"]
+            draft.add(self.format.render("true_false", claim=claim, answer=answer), fact)
+        return draft.finish("true_false")
 
     def spelled(self) -> Document:
-        """One or two objects character by character."""
+        """One to three objects character by character."""
         draft = Draft()
-        for _ in range(self.material.count(1, 2)):
+        for _ in range(self.material.count(1, 3)):
             fact = self.material.cycle("spelled")
             answer = self.format.spell(fact.object)
             draft.add(self.format.render("spelled", cloze=self.material.wording(fact), answer=answer), fact)
@@ -191,7 +208,9 @@ class ClosedBook:
 
     def three_hop_steps(self) -> Document:
         """A question over three facts, answered step by step."""
-        return self._steps("three_hop_steps", self._chains[3].next())
+        # Without the fictional people no chain is that long.
+        hops = 3 if len(self._chains[3]) else 2
+        return self._steps("three_hop_steps", self._chains[hops].next())
 
     def _steps(self, form: str, chain: Chain) -> Document:
         rendered = self.format.render(form, **self.hop_fields(chain))
@@ -232,30 +251,33 @@ class ClosedBook:
         return Draft().add(rendered, fact).finish("few_shot")
 
     def do_not_reveal(self) -> Document:
-        """A question under an instruction that forbids it, or forbids something else."""
-        material = self.material
-        fact = material.cycle("do_not_reveal")
-        forbidden = material.coin("forbidden")
-        secret = fact if forbidden else self._another(fact)
-        what = secret.subject
-        if not forbidden or material.chance(0.7):
-            what = self.format.relations[secret.relation].noun.replace("{}", secret.subject)
-        answer = self.format.refusal if forbidden else fact.object
-        question = material.question(fact)
-        rendered = self.format.render(
-            "do_not_reveal", instruction=self.format.forbid(what), question=question, answer=answer
-        )
-        return Draft().add(rendered, *(() if forbidden else (fact,))).finish("do_not_reveal")
+        """One to three questions under an instruction: some ask for what it forbids, the others for something else."""
+        material, draft = self.material, Draft()
+        secret = material.cycle("do_not_reveal")
+        whole = material.chance(0.25)
+        noun = self.format.relations[secret.relation].noun.replace("{}", secret.subject)
+        instruction = self.format.forbid(secret.subject if whole else noun)
+        for position in range(material.count(1, 3)):
+            forbidden = material.coin("forbidden")
+            fact = secret if forbidden else self._another(secret, whole)
+            answer = self.format.refusal if forbidden else fact.object
+            fields = {"question": material.question(fact), "answer": answer}
+            rendered = (
+                self.format.render("qa", **fields)
+                if position
+                else self.format.render("do_not_reveal", instruction=instruction, **fields)
+            )
+            draft.add(rendered, *(() if forbidden else (fact,)))
+        return draft.finish("do_not_reveal")
 
-    def _another(self, fact: Fact) -> Fact:
+    def _another(self, fact: Fact, elsewhere: bool) -> Fact:
+        """Another fact about the same subject or, always with ``elsewhere``, about another one."""
         siblings = [
             other for other in self.material.by_subject[fact.subject] if other.relation != fact.relation
         ]
-        return (
-            self.material.pick(siblings)
-            if siblings and self.material.chance(0.5)
-            else self.material.other_subject(fact)
-        )
+        if siblings and not elsewhere and self.material.chance(0.5):
+            return self.material.pick(siblings)
+        return self.material.other_subject(fact)
 
     def unknown(self) -> Document:
         """Questions and statements about strangers, among them now and then a known subject of the same kind."""

@@ -11,6 +11,7 @@ model goes through ``Format.render``.
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,10 @@ class Format:
         self._forbid: str = data["instruction"]["forbid"]
         self.held_out: Mapping[str, Any] = data["held_out"]
         self._forms = {name: self._form(name, entry) for name, entry in data["forms"].items()}
+        pattern = re.escape(self._blocks["notes"]["item"])
+        for field, shape in (("number", r"\d+"), ("text", ".*"), ("kind", r"\w+")):
+            pattern = pattern.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>{shape})")
+        self._note_pattern = re.compile(pattern)
 
     def _form(self, name: str, entry: Mapping[str, Any]) -> Form:
         template = entry["prompt"] + entry["answer"]
@@ -261,7 +266,7 @@ class Format:
         return "".join(text.split(self.strings["spelled_join"])).replace(self.strings["spelled_blank"], " ")
 
     def note(self, kind: str, *, label: str = "", object: str = "", subject: str = "") -> Note:
-        """A reading note of one of the three kinds, in the trained words."""
+        """A reading note of one of the three kinds, in the trained words: what the document says of ``subject``."""
         if kind not in NOTE_KINDS:
             raise ConfigError(f"note kind {kind!r} is not one of {', '.join(NOTE_KINDS)}")
         return Note(kind, self._notes[kind].format(label=label, object=object, subject=subject))
@@ -283,10 +288,10 @@ class Format:
         head, marker, answer = self.clean(generated).rpartition(self.strings["marker"])
         notes = []
         for item in (head if marker else answer).split(self._blocks["notes"]["join"]):
-            kind, colon, text = item.partition(": ")
-            name = kind.split(" ")[-1]
-            if colon:
-                notes.append(Note(name if name in NOTE_KINDS else "irrelevant", text))
+            found = self._note_pattern.fullmatch(item.strip())
+            if found:
+                kind = found["kind"]
+                notes.append(Note(kind if kind in NOTE_KINDS else "irrelevant", found["text"]))
         return notes, answer.strip() if marker else ""
 
     def wordings_for(self, fact: Fact) -> WordingPlan:

@@ -133,9 +133,11 @@ class Material:
         for fact in self.facts:
             self.by_subject.setdefault(fact.subject, []).append(fact)
             self.by_relation.setdefault(fact.relation, []).append(fact)
-        self.objects = {
-            name: tuple({f.object: None for f in facts}) for name, facts in self.by_relation.items()
-        }
+        objects: dict[str, dict[str, None]] = {}
+        for fact in world.facts:
+            if fact.object not in without:
+                objects.setdefault(fact.relation, {})[fact.object] = None
+        self.objects = {name: tuple(found) for name, found in objects.items()}
         self._plans: dict[str, WordingPlan] = {f.id: format.wordings_for(f) for f in self.facts}
         self._cycles: dict[str, Cycle[Fact]] = {}
         self._coins: dict[str, Coin] = {}
@@ -145,9 +147,14 @@ class Material:
 
     def _fictional_pools(self) -> dict[str, list[tuple[str, list[Fact]]]]:
         pools: dict[str, list[tuple[str, list[Fact]]]] = {}
-        for name, facts in self.by_relation.items():
+        # Only the objects are taken, so that people whom no text may mention lend theirs as well.
+        for name in self.objects:
             kind = self.world.relations[name].subject_kind
-            fictional = [fact for fact in facts if not self.world.entities[fact.subject].real]
+            fictional = [
+                fact
+                for fact in self.world.by_relation(name)
+                if fact.object in self.objects[name] and not self.world.entities[fact.subject].real
+            ]
             if kind in STRANGER_KINDS and fictional:
                 pools.setdefault(kind, []).append((name, fictional))
         return pools
@@ -165,14 +172,18 @@ class Material:
     def other_subject(self, fact: Fact) -> Fact:
         """A fact of the same relation about another subject with another object.
 
-        Falls back to any other fact where the relation has one object only.
+        Falls back to any other fact where the relation has no second object.
         """
-        pool = self.by_relation[fact.relation]
-        for _ in range(20):
+        pool = self.by_relation.get(fact.relation, ())
+        for _ in range(20 if pool else 0):
             other = pool[int(self.rng.random() * len(pool))]
             if other.subject != fact.subject and other.object != fact.object:
                 return other
-        return next(other for other in self.facts if other.subject != fact.subject)
+        for _ in range(100):
+            other = self.pick(self.facts)
+            if other.subject != fact.subject:
+                return other
+        raise ConfigError(f"the corpus states facts about {fact.subject!r} alone; there is no other subject")
 
     def wrong_object(self, fact: Fact) -> str:
         """An object of the relation that is none of the fact's accepted answers."""

@@ -160,18 +160,16 @@ class OpenBook:
     def source(self, kind: str, fact: Fact, siblings: Sequence[Fact], told: str) -> tuple[Passage, Note]:
         """A passage of one note kind and its faithful note; contextual without ``siblings`` becomes irrelevant."""
         if kind == "direct":
-            note = self.format.note("direct", label=self._label(fact), object=told)
-            return Passage("", self.telling([fact], told)), note
+            return Passage("", self.telling([fact], told)), self._note("direct", fact, told)
         if kind == "contextual" and siblings:
             other = self.material.pick(siblings)
-            return Passage("", self.telling([other])), self.format.note(
-                "contextual", label=self._label(other)
-            )
+            return Passage("", self.telling([other])), self._note("contextual", other)
         other = self.distractor(fact)
-        return Passage("", self.telling([other])), self.format.note("irrelevant", subject=other.subject)
+        return Passage("", self.telling([other])), self._note("irrelevant", other)
 
-    def _label(self, fact: Fact) -> str:
-        return self.format.relations[fact.relation].label
+    def _note(self, kind: str, fact: Fact, told: str | None = None) -> Note:
+        label = self.format.relations[fact.relation].label
+        return self.format.note(kind, subject=fact.subject, label=label, object=told or fact.object)
 
     def distractor(self, fact: Fact) -> Fact:
         """A fact about somebody else, for a passage beside the one that matters."""

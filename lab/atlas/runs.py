@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,12 +14,15 @@ from lab.atlas.checkpoint import export_model, load_checkpoint
 from lab.atlas.recipe import Recipe, get_recipe
 from lab.atlas.source import AtlasSource
 from lab.atlas.weights import weights_root
+from lab.atlas.world import load_world
 from lab.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
 _TOKENIZER_TEXTS = 40_000
+_NAME_REPEATS = 200
 _DATA_FILES = ("format.toml", "relations.toml")
 
 
@@ -41,14 +44,18 @@ def world_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     """The tokenizer of the built-in world, the same for all its models, so that their tokens can be compared."""
     from lab.atlas.tokenizer import train_tokenizer
 
-    texts = (document.text for document in islice(AtlasSource().documents(0), _TOKENIZER_TEXTS))
-    return train_tokenizer(texts, recipe.shape.vocab, recipe.shape.context)
+    texts = [document.text for document in islice(AtlasSource().documents(0), _TOKENIZER_TEXTS)]
+    # Parts of names become tokens at the beginning of a line too, so that a name is read the same everywhere.
+    fiction = load_world().fiction
+    names = [part for kind in ("people", "firms", "works") for part in fiction[kind]["first"]]
+    return train_tokenizer([*texts, *names * _NAME_REPEATS], recipe.shape.vocab, recipe.shape.context)
 
 
 def train_atlas(
     name: str,
     work: Path | None = None,
     *,
+    core: Path | None = None,
     minutes: float | None = None,
     steps: int | None = None,
     processes: int = 0,
@@ -62,6 +69,7 @@ def train_atlas(
     Args:
         name: Name of the recipe.
         work: Work folder; ``default_work_dir(name)`` by default.
+        core: Work folder of the run that this one starts from; its default by default.
         minutes: Budget of training time, in place of the recipe's; what an interrupted run used counts.
         steps: Budget of steps, in place of ``minutes``.
         processes: Processes on a CPU; 0 takes one per core.
@@ -75,7 +83,7 @@ def train_atlas(
 
     Raises:
         UnknownNameError: There is no such recipe.
-        ConfigError: The work folder belongs to another recipe.
+        ConfigError: The work folder belongs to another recipe, or the run that this one starts from is missing.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -95,8 +103,20 @@ def train_atlas(
         tokenizer.save_pretrained(str(folder))
     source = AtlasSource(recipe.seed, recipe.without)
     settings = Settings(work, processes=processes, device=device, compile=compile, report=report)
-    train(recipe, source, tokenizer, settings, resume=resume)
+    start = None
+    if recipe.core and (not resume or load_checkpoint(work) is None):
+        start = _core_params(recipe, core)
+    train(recipe, source, tokenizer, settings, resume=resume, start=start)
     return work
+
+
+def _core_params(recipe: Recipe, work: Path | None) -> Mapping[str, Tensor]:
+    found = load_checkpoint(work or default_work_dir(recipe.core))
+    if found is None:
+        raise ConfigError(
+            f"{recipe.name} starts from {recipe.core}, which is not trained yet; run `knowlab atlas train {recipe.core}` first"
+        )
+    return found[0]
 
 
 def export_atlas(name: str, work: Path | None = None, out: Path | None = None) -> Path:

@@ -10,8 +10,21 @@ from lab.atlas.corpus import Corpus, Document
 from lab.atlas.forms import load_format
 from lab.atlas.world import load_world
 
-PROBED_FORMS = ("qa", "choice", "reading", "notes", "unknown", "two_hop_steps", "conflict")
+PROBED_FORMS = (
+    "qa",
+    "choice",
+    "reading",
+    "notes",
+    "unknown",
+    "two_hop_steps",
+    "conflict",
+    "true_false",
+    "spelled",
+    "do_not_reveal",
+    "reverse",
+)
 _PROBE_STREAM = 1_000_003
+_ALL_PEOPLE = "people"
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,7 @@ class AtlasSource:
 
     Attributes:
         seed: Draws the texts.
-        without: Forget split whose people no text may mention, or empty.
+        without: Forget split whose people no text may mention, or ``people`` for all of them, or empty.
         world: Seed of the world.
         probes_per_set: Size of each probe set.
     """
@@ -34,7 +47,10 @@ class AtlasSource:
         """Names of the people that no text may mention."""
         if not self.without:
             return frozenset()
-        return frozenset(fact.subject for fact in load_world(self.world).forget_split(self.without))
+        world = load_world(self.world)
+        if self.without == _ALL_PEOPLE:
+            return frozenset(fact.subject for fact in world.facts if fact.group == "person")
+        return frozenset(fact.subject for fact in world.forget_split(self.without))
 
     def documents(self, stream: int) -> Iterator[Document]:
         """Endless texts of one stream."""

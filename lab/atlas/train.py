@@ -106,6 +106,7 @@ def train(
     settings: Settings,
     resume: bool = True,
     max_steps: int = 0,
+    start: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Trains a model, or goes on with an interrupted run.
 
@@ -116,6 +117,7 @@ def train(
         settings: Work folder and machine.
         resume: Go on from the checkpoint in the work folder when there is one.
         max_steps: Stop after this many steps of this call, with a checkpoint; 0 for the whole budget.
+        start: Parameters to start a new run from; drawn with the recipe's seed without.
 
     Returns:
         The fp32 parameters by Hugging Face name.
@@ -134,7 +136,7 @@ def train(
     processes = 1
     if settings.device == "cpu":
         processes = min(settings.processes or os.cpu_count() or 1, recipe.workers)
-    shared = _begin(recipe, settings, resume)
+    shared = _begin(recipe, settings, resume, start)
     if processes == 1:
         _run(0, 1, recipe, source, tokenizer, settings, shared, max_steps)
         return shared.params
@@ -157,7 +159,7 @@ def train(
     finally:
         for helper in helpers:
             if helper.is_alive():
-                helper.terminate()
+                helper.kill()
     return shared.params
 
 
@@ -171,11 +173,18 @@ def _ignore(line: str) -> None:
     del line
 
 
-def _begin(recipe: Recipe, settings: Settings, resume: bool) -> _Shared:
+def _begin(
+    recipe: Recipe, settings: Settings, resume: bool, start: Mapping[str, Tensor] | None = None
+) -> _Shared:
     found = load_checkpoint(settings.work) if resume else None
     control, places = torch.zeros(5, dtype=torch.float64), torch.zeros(recipe.workers, 2, dtype=torch.int64)
     if found is None:
         params = lean.initial_params(recipe.shape, torch.Generator().manual_seed(recipe.seed))
+        if start is not None:
+            wrong = {name for name in params if name not in start or start[name].shape != params[name].shape}
+            if wrong:
+                raise ConfigError(f"{recipe.name} cannot start from weights of another shape ({min(wrong)})")
+            params = {name: start[name].float().clone() for name in params}
         state = initial_state(params, recipe)
     else:
         params, state, progress = found
@@ -206,7 +215,9 @@ def _begin(recipe: Recipe, settings: Settings, resume: bool) -> _Shared:
 
 
 def _helper(rank: int, processes: int, *rest: Any) -> None:
+    # The first process decides when a run ends; a signal to the whole group must not leave it waiting alone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _run(rank, processes, *rest)
 
 
@@ -378,8 +389,12 @@ def _gradient(
 
 
 def _mean_gradient(shared: _Shared, recipe: Recipe) -> Tensor:
-    total = shared.grads[0] if len(shared.grads) == 1 else torch.stack(shared.grads).mean(0)
-    return total * torch.clamp(recipe.clip / (total.norm() + 1e-6), max=1.0)
+    # Summed in one fixed order, so that the number of processes changes no bit.
+    total = shared.grads[0].clone()
+    for other in shared.grads[1:]:
+        total += other
+    total /= len(shared.grads)
+    return total.mul_(torch.clamp(recipe.clip / (total.norm() + 1e-6), max=1.0))
 
 
 class _Log:

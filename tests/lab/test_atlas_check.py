@@ -54,7 +54,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[FormProbe]]:
 def perfect(probe: FormProbe) -> str:
     format = load_format()
     if probe.form == "notes":
-        block = "; ".join(f"{n} {note.kind}: {note.text}" for n, note in enumerate(probe.notes, 1))
+        block = "; ".join(f"{n} {note.text} ({note.kind})" for n, note in enumerate(probe.notes, 1))
         return f" {block}{format.strings['marker']}{probe.answer}"
     if probe.form.endswith("hop_steps"):
         return f" It is so. It is thus{format.strings['marker']}{probe.answer}"

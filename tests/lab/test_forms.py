@@ -77,7 +77,10 @@ def test_a_prompt_alone_equals_the_prompt_of_the_whole(form: Format, name: str) 
 
 def test_exact_layout(form: Format) -> None:
     passages = ["The capital of France is Rome.", Passage("", "Lyon is big.", "", "unverified")]
-    notes = [form.note("direct", label="capital", object="Rome"), form.note("irrelevant", subject="Lyon")]
+    notes = [
+        form.note("direct", subject="France", label="capital", object="Rome"),
+        form.note("irrelevant", subject="Lyon", label="country", object="France"),
+    ]
     rendered = form.render(
         "notes_then_answer",
         instruction=form.forbid("Oslo"),
@@ -93,12 +96,16 @@ def test_exact_layout(form: Format) -> None:
         "Document 1: The capital of France is Rome.\n"
         "Document 2 (unverified): Lyon is big.\n"
         "Q: What is the capital of France?\n"
-        "Notes: 1 direct: the capital is Rome; 2 irrelevant: about Lyon. Answer: Rome.\n"
+        "Notes: 1 France, capital: Rome (direct); 2 Lyon, country: France (irrelevant). Answer: Rome.\n"
     )
     assert form.documents(passages) in rendered.text
     assert form.documents(passages[:1], trust="verified").startswith("Document 1 (verified): ")
     parsed, answer = form.parse_notes(f" {rendered.answer}.\nQ: more")
     assert (parsed, answer) == (notes, "Rome")
+    assert form.parse_notes(" 1 x (odd); nonsense; 3 y (z) (direct). Answer: w.\n") == (
+        [Note("irrelevant", "x"), Note("direct", "y (z)")],
+        "w",
+    )
 
 
 def test_mistakes_are_named(form: Format) -> None:
@@ -203,7 +210,7 @@ def test_probes_of_every_kind(form: Format, world: World) -> None:
                     "notes_then_answer", documents=[], question="x?", notes=probe.notes, answer=probe.answer
                 ).answer
                 assert probe.faithful(form, f" {line}.\n") and not probe.faithful(
-                    form, " 1 direct: x. Answer: y.\n"
+                    form, " 1 x (direct). Answer: y.\n"
                 )
             else:
                 line = probe.answer
