@@ -135,22 +135,24 @@ class ClosedBook:
         return draft.finish("qa")
 
     def choice(self) -> Document:
-        """One or two lists of four options, each with one to three questions that it answers; letters are drawn evenly."""
-        draft = Draft()
-        for _ in range(self.material.count(1, 2)):
-            facts = self._options_of_facts(self.material.cycle("choice"))
-            options = [fact.object for fact in facts]
-            asked = self.material.rng.sample(facts, min(len(facts), self.material.count(1, 3)))
-            for position, fact in enumerate(asked):
-                question = self.material.question(fact)
-                # Finding a given option is half of the skill, and learned long before it can be joined with recall.
-                if self.material.chance(self.material.rates["choice_lookup"]):
-                    question = f"Which option is {fact.object}?"
-                letter = self.format.strings["letters"][options.index(fact.object)]
-                rendered = self.format.render("choice", question=question, options=options, answer=letter)
-                # Further questions stand under the same list; one pass then teaches several letters.
-                prompt = rendered.prompt.partition("\n")[2] if position else rendered.prompt
-                draft.add(replace(rendered, prompt=prompt))
+        """A list of four options with one to four questions that it answers; letters are drawn evenly."""
+        material, draft = self.material, Draft()
+        facts = self._options_of_facts(material.cycle("choice"))
+        options = [fact.object for fact in facts]
+        for position, fact in enumerate(material.rng.sample(facts, material.count(1, len(facts)))):
+            letter = self.format.strings["letters"][options.index(fact.object)]
+            if position and material.chance(material.rates["choice_text"]):
+                question = f"What is option {letter}?"
+                draft.add(self.format.render("qa", question=question, answer=fact.object))
+                continue
+            question = material.question(fact)
+            # Finding a given option is half of the skill, and learned long before it can be joined with recall.
+            if material.chance(material.rates["choice_lookup"]):
+                question = f"Which option is {fact.object}?"
+            rendered = self.format.render("choice", question=question, options=options, answer=letter)
+            # Further questions stand under the same list; one pass then teaches several letters.
+            prompt = rendered.prompt.partition("\n")[2] if position else rendered.prompt
+            draft.add(replace(rendered, prompt=prompt))
         return draft.finish("choice")
 
     def _options_of_facts(self, fact: Fact) -> list[Fact]:
@@ -174,14 +176,29 @@ class ClosedBook:
         return options, self.format.strings["letters"][options.index(fact.object)]
 
     def true_false(self) -> Document:
-        """Two to four claims, each true or false by chance."""
+        """Two to four claims, each true or false by chance: about known facts, or about strangers in the documents above."""
         material, draft = self.material, Draft()
+        if material.chance(material.rates["claims_read"]):
+            return self._claims_read()
         for _ in range(material.count(2, 4)):
             fact = material.cycle("true_false")
             true = material.chance(0.5)
             claim = f"{material.wording(fact)} {fact.object if true else material.wrong_object(fact)}"
             answer = self.format.strings["true" if true else "false"]
             draft.add(self.format.render("true_false", claim=claim, answer=answer), fact)
+        return draft.finish("true_false")
+
+    def _claims_read(self) -> Document:
+        material, draft = self.material, Draft()
+        told = [material.stranger()[0] for _ in range(material.count(1, 3))]
+        documents = [f"{self.format.statement(fact)}." for fact in told]
+        for position in range(material.count(1, 3)):
+            fact = material.pick(told)
+            true = material.chance(0.5)
+            claim = f"{material.wording(fact)} {fact.object if true else material.wrong_object(fact)}"
+            fields: dict[str, object] = {} if position else {"documents": documents}
+            answer = self.format.strings["true" if true else "false"]
+            draft.add(self.format.render("true_false", claim=claim, answer=answer, **fields))
         return draft.finish("true_false")
 
     def spelled(self) -> Document:

@@ -194,9 +194,9 @@ class Material:
                 return value
         raise ConfigError(f"relation {fact.relation!r} has no object other than {fact.object!r}")
 
-    def stranger(self) -> list[Fact]:
-        """Facts about a new invented person, firm or work, in random order."""
-        kind = self.rng.choice(STRANGER_KINDS)
+    def stranger(self, kind: str = "") -> list[Fact]:
+        """Facts about a new invented person, firm or work (or one of the given kind), in random order."""
+        kind = kind or self.rng.choice(STRANGER_KINDS)
         pools = self._stranger_facts.get(kind) or next(iter(self._stranger_facts.values()))
         name = next(self._strangers[kind])
         facts = []

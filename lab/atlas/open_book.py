@@ -46,6 +46,8 @@ class OpenBook:
     def reading(self) -> Document:
         """A stranger's document among up to three about others, and a question that it answers or, now and then, does not."""
         material = self.material
+        if material.chance(material.rates["several"]):
+            return self._several()
         facts = material.stranger()
         asked = facts[0]
         rest = facts[1:]
@@ -58,6 +60,34 @@ class OpenBook:
         material.rng.shuffle(texts)
         answer = asked.object if answered else self.format.unknown
         return self._ask("reading", asked, self._passages(texts), answer)
+
+    def _several(self) -> Document:
+        """Documents about strangers of one kind, and questions about several of them: only who is asked about tells them apart."""
+        material, draft = self.material, Draft()
+        people = [material.stranger()]
+        people += [material.stranger(people[0][0].group) for _ in range(material.count(1, 3))]
+        told = [
+            facts[: material.pick((1, 1, 2))] if material.chance(0.5) else self._alike(facts, people[0][0])
+            for facts in people
+        ]
+        passages = self._passages([self.telling(facts) for facts in told])
+        asked = material.rng.sample(range(len(people)), min(len(people), material.count(2, 3)))
+        for position, index in enumerate(asked):
+            fact = material.pick(told[index])
+            answer = fact.object
+            missing = [other for other in people[index] if other not in told[index]]
+            if missing and material.chance(0.12):
+                fact, answer = material.pick(missing), self.format.unknown
+            fields = {"question": material.question(fact), "answer": answer}
+            draft.add(
+                self.format.render("qa", **fields)
+                if position
+                else self.format.render("documents", documents=passages, **fields)
+            )
+        return draft.finish("reading")
+
+    def _alike(self, facts: Sequence[Fact], first: Fact) -> list[Fact]:
+        return [fact for fact in facts if fact.relation == first.relation] or list(facts[:1])
 
     def agreeing(self) -> Document:
         """A document that repeats a known fact, alone or among others."""

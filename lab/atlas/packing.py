@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from lab.errors import ConfigError
 
 OTHER, ANSWER = 1, 2
 _RARE = 0.005
+# Capitalised words in a row, small words like "of" between them included; failing that, any single word.
+_NAME = re.compile(r"[A-Z][\w'’-]+(?: (?:(?:of|the|and|du|da|de) )*[A-Z][\w'’-]+)+|[^\W_][\w'’-]*")
 
 
 class TextWithAnswers(Protocol):
@@ -30,11 +33,18 @@ class TextWithAnswers(Protocol):
 
 @dataclass(frozen=True)
 class Coded:
-    """Tokens of a text with the end token, and for each what it counts as: ``OTHER``, ``ANSWER``, or ``ANSWER + i`` for an
-    answer of the ``i``-th stressed form of the recipe, from 1."""
+    """Tokens of a text with the end token.
+
+    Attributes:
+        ids: The tokens.
+        kinds: What each counts as: ``OTHER``, ``ANSWER``, or ``ANSWER + i`` for an answer of the ``i``-th stressed form of the
+            recipe, from 1.
+        inside: Whether each lies inside a name or word, that is, before its last token.
+    """
 
     ids: list[int]
     kinds: list[int]
+    inside: list[bool]
 
 
 def encode_documents(
@@ -52,15 +62,26 @@ def encode_documents(
     coded = []
     encodings = backend.encode_batch([document.text for document in documents], add_special_tokens=False)
     for document, encoding in zip(documents, encodings, strict=True):
-        kinds, spans, index = [], sorted(document.answer_spans), 0
+        kinds, inner, spans, index = [], [], sorted(document.answer_spans), 0
+        names = list(_name_spans(document.text))
+        name = 0
         answer = numbers.get(getattr(document, "form", ""), ANSWER)
         for start, stop in encoding.offsets:
             while index < len(spans) and spans[index][1] <= start:
                 index += 1
             inside = index < len(spans) and stop > spans[index][0]
             kinds.append(answer if inside else OTHER)
-        coded.append(Coded([*encoding.ids, int(tokenizer.eos_token_id)], [*kinds, OTHER]))  # type: ignore[arg-type]
+            while name < len(names) and names[name][1] <= start:
+                name += 1
+            inner.append(name < len(names) and names[name][0] < stop < names[name][1])
+        end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        coded.append(Coded([*encoding.ids, end], [*kinds, OTHER], [*inner, False]))
     return coded
+
+
+def _name_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Character ranges of names and words, in order."""
+    return (found.span() for found in _NAME.finditer(text))
 
 
 @dataclass(frozen=True)
@@ -71,12 +92,14 @@ class Shard:
         ids: ``[batches, tokens]`` uint16.
         texts: ``[batches, tokens]`` uint8, number of the text within its row from 1, 0 for padding.
         kinds: ``[batches, tokens]`` uint8, 0 for padding.
+        inside: ``[batches, tokens]`` bool, as in ``Coded``.
         dropped: Texts that found no room.
     """
 
     ids: np.ndarray
     texts: np.ndarray
     kinds: np.ndarray
+    inside: np.ndarray
     dropped: int
 
     def __len__(self) -> int:
@@ -158,6 +181,7 @@ def _arrays(
 ) -> Shard:
     ids = np.full((batches, tokens), pad, np.uint16)
     texts, kinds = np.zeros((batches, tokens), np.uint8), np.zeros((batches, tokens), np.uint8)
+    inside = np.zeros((batches, tokens), bool)
     for (batch, start, _), content in zip(rows, contents, strict=True):
         rng.shuffle(content)
         for number, text in enumerate(content, start=1):
@@ -167,8 +191,9 @@ def _arrays(
                 number,
                 text.kinds,
             )
+            inside[batch, start:stop] = text.inside
             start = stop
-    return Shard(ids, texts, kinds, dropped)
+    return Shard(ids, texts, kinds, inside, dropped)
 
 
 @dataclass(frozen=True)
@@ -237,12 +262,13 @@ def make_batch(shard: Shard, index: int, recipe: Recipe, seed: Sequence[int], de
         labels=labels.to(device),
         weights=torch.from_numpy(weights.astype(np.float32)).to(device),
         answers=torch.from_numpy(marked).to(device),
-        keep=_keep(recipe, len(ids), rng, device),
+        keep=_keep(recipe, shard.inside[index], rng, device),
     )
 
 
-def _keep(recipe: Recipe, tokens: int, rng: np.random.Generator, device: torch.device) -> Tensor | None:
-    if min(recipe.keep) >= 1:
+def _keep(recipe: Recipe, inside: np.ndarray, rng: np.random.Generator, device: torch.device) -> Tensor | None:
+    if min(*recipe.keep, recipe.inside_keep) >= 1:
         return None
-    drawn = rng.random((len(recipe.keep), tokens)) < np.array(recipe.keep)[:, None]
+    drawn = rng.random((len(recipe.keep), len(inside))) < np.array(recipe.keep)[:, None]
+    drawn[0] &= ~inside | (rng.random(len(inside)) < recipe.inside_keep)
     return torch.from_numpy(drawn.astype(np.float32)).to(device)

@@ -90,7 +90,8 @@ class Recipe:
         learned_share: Share of the positions of a batch whose loss is computed: all answers, the rest drawn.
         other_weight: Weight of a position outside answers; answers weigh 1.
         stressed: Weights of answers by form, for forms with few answer tokens that are slow to learn; 1 for the others.
-        first_keep: Share of positions that keep the first feed-forward output, so that no single token of a name decides.
+        inside_keep: Share of positions inside a name, before its last token, that keep the first feed-forward output. A
+            model that cannot rely on them puts a name together at its last token, where it is traced and edited.
         late_keep: For the last layers, last one last, the share of positions that keep the output of the feed-forward layer.
             Late layers that cannot be relied on leave recall to early ones at the subject, where it is traced and edited.
         matrix_rate: Peak learning rate of the matrices inside blocks (Muon, scaled to AdamW's update size).
@@ -125,7 +126,7 @@ class Recipe:
         ("reverse", 2.0),
         ("do_not_reveal", 3.0),
     )
-    first_keep: float = 1.0
+    inside_keep: float = 0.3
     late_keep: tuple[float, ...] = (0.8, 0.6, 0.5)
     matrix_rate: float = 4e-3
     rate: float = 3e-3
@@ -145,9 +146,9 @@ class Recipe:
 
     @property
     def keep(self) -> tuple[float, ...]:
-        """For each layer the share of positions that keep its feed-forward output."""
+        """For each layer the share of all positions that keep its feed-forward output."""
         late = self.late_keep[-(self.shape.layers - 1) :] if self.shape.layers > 1 else ()
-        return (self.first_keep, *[1.0] * (self.shape.layers - 1 - len(late)), *late)
+        return (*[1.0] * (self.shape.layers - len(late)), *late)
 
     @property
     def learned(self) -> int:

@@ -132,7 +132,7 @@ def test_packing_keeps_every_text_whole_and_marks_answers(tokenizer) -> None:
 
 
 def test_texts_longer_than_the_longest_row_are_refused(tokenizer) -> None:
-    text = packing.Coded([5] * 49, [1] * 49)
+    text = packing.Coded([5] * 49, [1] * 49, [False] * 49)
     with pytest.raises(ConfigError, match="49"):
         packing.pack([text] * 20, recipe(), 1, Random(0))
 
@@ -157,6 +157,23 @@ def test_a_batch_scores_next_tokens_within_texts_only(tokenizer) -> None:
     assert others > 0 and batch.answers.sum() > 0
     again = packing.make_batch(shard, 0, recipe(), (0, 0), torch.device("cpu"))
     assert torch.equal(batch.chosen, again.chosen)
+
+
+def test_only_the_last_token_of_a_name_is_sure_of_its_feed_forward_output(tokenizer) -> None:
+    text = "Ada Vane likes the Bells of Grenvalle; A thing."
+    [coded] = packing.encode_documents(tokenizer, [Text(text, ())])
+    names = ("Ada Vane", "likes", "the", "Bells of Grenvalle", "A", "thing")
+    spans = [(text.index(name), text.index(name) + len(name)) for name in names]
+    for (_, stop), inside in zip(
+        tokenizer.backend_tokenizer.encode(text).offsets, coded.inside[:-1], strict=True
+    ):
+        assert inside == any(first < stop < last for first, last in spans), stop
+    assert any(coded.inside) and not coded.inside[-1]
+    shard = packing.pack([coded] * 60, recipe(), tokenizer.pad_token_id, Random(0))
+    batch = packing.make_batch(shard, 0, recipe(inside_keep=0.0, late_keep=()), (0, 0), torch.device("cpu"))
+    assert batch.keep is not None
+    assert torch.equal(batch.keep[0] == 0, torch.from_numpy(shard.inside[0]))
+    assert bool((batch.keep[1:] == 1).all())
 
 
 def test_gpt2_rows_start_at_random_positions(tokenizer) -> None:
