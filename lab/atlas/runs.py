@@ -69,7 +69,8 @@ def train_atlas(
     Args:
         name: Name of the recipe.
         work: Work folder; ``default_work_dir(name)`` by default.
-        core: Work folder of the run that this one starts from; its default by default.
+        core: Work folder of the run that this one starts from; its default by default. That run is carried out first
+            where it is not finished, with the budget of its recipe.
         minutes: Budget of training time, in place of the recipe's; what an interrupted run used counts.
         steps: Budget of steps, in place of ``minutes``.
         processes: Processes on a CPU; 0 takes one per core.
@@ -83,7 +84,7 @@ def train_atlas(
 
     Raises:
         UnknownNameError: There is no such recipe.
-        ConfigError: The work folder belongs to another recipe, or the run that this one starts from is missing.
+        ConfigError: The work folder belongs to another recipe.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -105,18 +106,24 @@ def train_atlas(
     settings = Settings(work, processes=processes, device=device, compile=compile, report=report)
     start = None
     if recipe.core and (not resume or load_checkpoint(work) is None):
-        start = _core_params(recipe, core)
+        place = core or default_work_dir(recipe.core)
+        start = _finished(place)
+        if start is None:
+            report(f"{recipe.name} starts from {recipe.core}, which comes first")
+            train_atlas(
+                recipe.core, place, processes=processes, device=device, compile=compile, report=report
+            )
+            start = _finished(place)
+            if start is None:
+                return work  # interrupted; the next call goes on where this one was
     train(recipe, source, tokenizer, settings, resume=resume, start=start)
     return work
 
 
-def _core_params(recipe: Recipe, work: Path | None) -> Mapping[str, Tensor]:
-    found = load_checkpoint(work or default_work_dir(recipe.core))
-    if found is None:
-        raise ConfigError(
-            f"{recipe.name} starts from {recipe.core}, which is not trained yet; run `knowlab atlas train {recipe.core}` first"
-        )
-    return found[0]
+def _finished(work: Path) -> Mapping[str, Tensor] | None:
+    """The parameters of a run that has used up its budget; None when it has not."""
+    found = load_checkpoint(work)
+    return found[0] if found is not None and found[2]["finished"] else None
 
 
 def export_atlas(name: str, work: Path | None = None, out: Path | None = None) -> Path:
