@@ -85,6 +85,7 @@ class Recipe:
         seed: Draws the initial weights, the texts and the sampled positions.
         without: Forget split whose people no text may mention, or ``people`` for all of them, or empty.
         core: Recipe whose weights this run starts from; random weights without.
+        mixture: Shares of single forms, in place of the prompt format's.
         layout: Rows of one worker's batch, as ``(row length, rows)`` pairs; the longest row bounds a text.
         workers: Batches that one step averages over, whatever number of processes computes them.
         learned_share: Share of the positions of a batch whose loss is computed: all answers, the rest drawn.
@@ -111,6 +112,7 @@ class Recipe:
     seed: int = 0
     without: str = ""
     core: str = ""
+    mixture: tuple[tuple[str, float], ...] = ()
     layout: tuple[tuple[int, int], ...] = ((72, 10), (152, 9))
     workers: int = 2
     learned_share: float = 0.65
@@ -177,7 +179,7 @@ class Recipe:
         values["shape"] = Shape(**values["shape"])
         values["layout"] = tuple((int(length), int(rows)) for length, rows in values["layout"])
         values["stressed"] = tuple((str(form), float(weight)) for form, weight in values.get("stressed", ()))
-        values.setdefault("core", "")
+        values["mixture"] = tuple((str(form), float(share)) for form, share in values.get("mixture", ()))
         values["late_keep"] = tuple(values.get("late_keep", ()))
         return cls(**values)
 
@@ -187,6 +189,24 @@ _GPT2 = Shape(family="gpt2", hidden=256, layers=5, heads=8, inner=992)
 # The fiction is learned on top of a core that knows the skills, invented strangers and the real world, as a benchmark's
 # retain model and its counterpart start from one pretrained model: the two then differ in the forgotten people alone.
 _CORE = "atlas-core"
+# Facts are learned in minutes; comparing, copying and finding take most of the time.
+_SKILLS = (
+    ("cloze", 0.05),
+    ("relation_list", 0.01),
+    ("attribute_list", 0.03),
+    ("biography", 0.02),
+    ("qa", 0.02),
+    ("two_hop_steps", 0.015),
+    ("three_hop_steps", 0.005),
+    ("few_shot", 0.01),
+    ("unknown", 0.05),
+    ("choice", 0.18),
+    ("true_false", 0.10),
+    ("spelled", 0.06),
+    ("do_not_reveal", 0.06),
+    ("reading", 0.18),
+    ("notes", 0.14),
+)
 
 RECIPES: Mapping[str, Recipe] = {
     "atlas": Recipe("atlas", core=_CORE, seed=1, minutes=20, decay_from=0.3),
@@ -197,7 +217,7 @@ RECIPES: Mapping[str, Recipe] = {
     "atlas-oracle-b": Recipe(
         "atlas-oracle-b", core=_CORE, seed=2, without="people05", minutes=20, decay_from=0.3
     ),
-    _CORE: Recipe(_CORE, without="people", minutes=60, decay_from=1.0),
+    _CORE: Recipe(_CORE, without="people", mixture=_SKILLS, minutes=60, decay_from=1.0),
 }
 
 

@@ -102,7 +102,7 @@ def train_atlas(
     else:
         tokenizer = world_tokenizer(recipe)
         tokenizer.save_pretrained(str(folder))
-    source = AtlasSource(recipe.seed, recipe.without)
+    source = AtlasSource(recipe.seed, recipe.without, mixture=recipe.mixture)
     settings = Settings(work, processes=processes, device=device, compile=compile, report=report)
     start = None
     if recipe.core and (not resume or load_checkpoint(work) is None):

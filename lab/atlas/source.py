@@ -36,12 +36,14 @@ class AtlasSource:
         without: Forget split whose people no text may mention, or ``people`` for all of them, or empty.
         world: Seed of the world.
         probes_per_set: Size of each probe set.
+        mixture: Shares of single forms, in place of the prompt format's.
     """
 
     seed: int = 0
     without: str = ""
     world: int = 0
     probes_per_set: int = 80
+    mixture: tuple[tuple[str, float], ...] = ()
 
     def names_left_out(self) -> frozenset[str]:
         """Names of the people that no text may mention."""
@@ -55,7 +57,9 @@ class AtlasSource:
     def documents(self, stream: int) -> Iterator[Document]:
         """Endless texts of one stream."""
         seed = Random(f"atlas:stream:{self.seed}:{stream}").getrandbits(48)
-        return Corpus(load_world(self.world), load_format(), seed, self.names_left_out()).documents()
+        return Corpus(
+            load_world(self.world), load_format(), seed, self.names_left_out(), weights=dict(self.mixture)
+        ).documents()
 
     def probes(self) -> Mapping[str, list[tuple[str, str]]]:
         """Recall on trained wordings, on wordings held out for a fact, and on fresh texts of several forms."""
