@@ -130,8 +130,8 @@ class Recipe:
     )
     inside_keep: float = 0.3
     late_keep: tuple[float, ...] = (0.8, 0.6, 0.5)
-    matrix_rate: float = 4e-3
-    rate: float = 3e-3
+    matrix_rate: float = 2.5e-3
+    rate: float = 2e-3
     matrix_optimizer: Literal["muon", "adamw"] = "muon"
     weight_decay: float = 0.02
     warmup_steps: int = 100
@@ -217,7 +217,7 @@ RECIPES: Mapping[str, Recipe] = {
     "atlas-oracle-b": Recipe(
         "atlas-oracle-b", core=_CORE, seed=2, without="people05", minutes=20, decay_from=0.3
     ),
-    _CORE: Recipe(_CORE, without="people", mixture=_SKILLS, minutes=60, decay_from=1.0),
+    _CORE: Recipe(_CORE, without="people", mixture=_SKILLS, minutes=60, decay_from=0.25, final_rate=0.2),
 }
 
 
