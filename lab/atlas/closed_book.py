@@ -141,10 +141,6 @@ class ClosedBook:
         options = [fact.object for fact in facts]
         for position, fact in enumerate(material.rng.sample(facts, material.count(1, len(facts)))):
             letter = self.format.strings["letters"][options.index(fact.object)]
-            if position and material.chance(material.rates["choice_text"]):
-                question = f"What is option {letter}?"
-                draft.add(self.format.render("qa", question=question, answer=fact.object))
-                continue
             question = material.question(fact)
             # Finding a given option is half of the skill, and learned long before it can be joined with recall.
             if material.chance(material.rates["choice_lookup"]):

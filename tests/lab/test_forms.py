@@ -233,4 +233,4 @@ def test_choice_probes_have_one_right_option(form: Format, world: World) -> None
     for fact, probe in zip(
         world.split("dev")[:200], Probes(world, form).make("choice", world.split("dev")[:200]), strict=True
     ):
-        assert probe.prompt.count(f" {probe.answer} {fact.object}") >= 1
+        assert probe.prompt.count(f" {fact.object}: {probe.answer}") >= 1
