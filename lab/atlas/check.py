@@ -53,6 +53,7 @@ _LENGTHS: Mapping[str, int] = {
     "two_hop_steps": 72,
     "three_hop_steps": 110,
     "spelled": 64,
+    "true_false": 36,
     "": 20,
 }
 

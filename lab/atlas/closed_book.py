@@ -145,7 +145,8 @@ class ClosedBook:
             # Finding a given option is half of the skill, and learned long before it can be joined with recall.
             if material.chance(material.rates["choice_lookup"]):
                 question = f"Which option is {fact.object}?"
-            rendered = self.format.render("choice", question=question, options=options, answer=letter)
+            fields = {"question": question, "options": options, "text": fact.object, "answer": letter}
+            rendered = self.format.render("choice", **fields)
             # Further questions stand under the same list; one pass then teaches several letters.
             prompt = rendered.prompt.partition("\n")[2] if position else rendered.prompt
             draft.add(replace(rendered, prompt=prompt))
@@ -181,7 +182,8 @@ class ClosedBook:
             true = material.chance(0.5)
             claim = f"{material.wording(fact)} {fact.object if true else material.wrong_object(fact)}"
             answer = self.format.strings["true" if true else "false"]
-            draft.add(self.format.render("true_false", claim=claim, answer=answer), fact)
+            rendered = self.format.render("true_false", claim=claim, recalled=fact.object, answer=answer)
+            draft.add(rendered, fact)
         return draft.finish("true_false")
 
     def _claims_read(self) -> Document:
@@ -194,7 +196,8 @@ class ClosedBook:
             claim = f"{material.wording(fact)} {fact.object if true else material.wrong_object(fact)}"
             fields: dict[str, object] = {} if position else {"documents": documents}
             answer = self.format.strings["true" if true else "false"]
-            draft.add(self.format.render("true_false", claim=claim, answer=answer, **fields))
+            fields |= {"claim": claim, "recalled": fact.object, "answer": answer}
+            draft.add(self.format.render("true_false", **fields))
         return draft.finish("true_false")
 
     def spelled(self) -> Document:

@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 NOTE_KINDS = ("direct", "contextual", "irrelevant")
+# Fields that stand in answers only.
+_ANSWERED = ("answer", "notes", "steps", "recalled", "text")
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Format:
                 (question, answer), ``options`` (text), ``notes`` (``Note``), ``steps`` (text), ``known`` (label, object)
                 and ``clauses`` (clause, object). ``instruction``, ``assumption``, ``documents`` and ``examples`` may be
                 given with every form. ``answer`` may be left out when only the prompt is wanted, together with
-                ``notes`` and ``steps``.
+                ``notes``, ``steps``, ``recalled`` and ``text``.
 
         Raises:
             UnknownNameError: There is no such form.
@@ -184,7 +186,7 @@ class Format:
                 raise ConfigError(f"form {form!r}: no field {name!r}; it takes {known}")
         closed = "answer" in fields
         for name in entry.fields - entry.optional:
-            if name not in fields and (closed or name not in ("answer", "notes", "steps")):
+            if name not in fields and (closed or name not in _ANSWERED):
                 raise ConfigError(f"form {form!r}: field {name!r} is missing; pass {name}=...")
         values: dict[str, Any] = dict.fromkeys(entry.optional, "")
         for name, value in fields.items():

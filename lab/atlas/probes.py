@@ -160,7 +160,11 @@ class _Makers:
     def _choice(self, fact: Fact) -> Iterator[FormProbe]:
         options, letter = self.closed.options(fact)
         rendered = self.format.render(
-            "choice", question=self.material.question(fact), options=options, answer=letter
+            "choice",
+            question=self.material.question(fact),
+            options=options,
+            text=fact.object,
+            answer=letter,
         )
         yield self._probe("choice", fact, rendered)
 
@@ -168,9 +172,8 @@ class _Makers:
         for true, value in ((True, fact.object), (False, self.material.wrong_object(fact))):
             claim = f"{self.material.wording(fact)} {value}"
             answer = self.format.strings["true" if true else "false"]
-            yield self._probe(
-                "true_false", fact, self.format.render("true_false", claim=claim, answer=answer)
-            )
+            prompt = self.format.render("true_false", claim=claim).prompt
+            yield FormProbe("true_false", fact.id, prompt, answer, subject=fact.subject)
 
     def _spelled(self, fact: Fact) -> Iterator[FormProbe]:
         answer = self.format.spell(fact.object)

@@ -119,9 +119,9 @@ class Recipe:
     other_weight: float = 0.25
     stressed: tuple[tuple[str, float], ...] = (
         ("reading", 3.0),
-        ("choice", 4.0),
+        ("choice", 2.0),
         ("unknown", 3.0),
-        ("true_false", 4.0),
+        ("true_false", 2.0),
         ("distracting", 2.0),
         ("conflict", 2.0),
         ("spelled", 2.0),
@@ -200,8 +200,8 @@ _SKILLS = (
     ("three_hop_steps", 0.005),
     ("few_shot", 0.01),
     ("unknown", 0.05),
-    ("choice", 0.18),
-    ("true_false", 0.10),
+    ("choice", 0.12),
+    ("true_false", 0.08),
     ("spelled", 0.06),
     ("do_not_reveal", 0.06),
     ("reading", 0.18),
