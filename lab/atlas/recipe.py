@@ -209,7 +209,7 @@ _SKILLS = (
 )
 
 RECIPES: Mapping[str, Recipe] = {
-    "atlas": Recipe("atlas", core=_CORE, seed=1, minutes=20, decay_from=0.3),
+    "atlas": Recipe("atlas", core=_CORE, seed=1, minutes=25, decay_from=0.2, matrix_rate=1.5e-3, rate=1.5e-3),
     "atlas-gpt2": Recipe("atlas-gpt2", shape=_GPT2),
     "atlas-oracle": Recipe(
         "atlas-oracle", core=_CORE, seed=1, without="people05", minutes=20, decay_from=0.3
@@ -217,7 +217,7 @@ RECIPES: Mapping[str, Recipe] = {
     "atlas-oracle-b": Recipe(
         "atlas-oracle-b", core=_CORE, seed=2, without="people05", minutes=20, decay_from=0.3
     ),
-    _CORE: Recipe(_CORE, without="people", mixture=_SKILLS, minutes=60, decay_from=0.25, final_rate=0.2),
+    _CORE: Recipe(_CORE, without="people", mixture=_SKILLS, minutes=80, decay_from=0.25, final_rate=0.2),
 }
 
 

@@ -120,7 +120,7 @@ def test_mistakes_are_named(form: Format) -> None:
     with pytest.raises(ConfigError, match="sequence"):
         form.render("documents", question="x?", documents="one text", answer="z")
     with pytest.raises(ConfigError, match="wrong shape"):
-        form.render("choice", question="x?", options=["a", "b", "c", "d", "e"], answer="A")
+        form.render("choice", text="x", question="x?", options=["a", "b", "c", "d", "e"], answer="A")
     with pytest.raises(ConfigError, match="trusted"):
         form.render("documents", question="x?", documents=[Passage("", "x", "", "trusted")], answer="z")  # pyright: ignore
     with pytest.raises(ConfigError, match="kind"):
@@ -237,4 +237,4 @@ def test_choice_probes_have_one_right_option(form: Format, world: World) -> None
     for fact, probe in zip(
         world.split("dev")[:200], Probes(world, form).make("choice", world.split("dev")[:200]), strict=True
     ):
-        assert probe.prompt.count(f" {probe.answer}") == 1 and probe.answer.startswith(f"{fact.object}: ")
+        assert probe.prompt.count(f" {probe.answer}") == 1 and probe.answer.startswith(f"{fact.object} ")
