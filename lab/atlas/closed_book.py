@@ -152,6 +152,25 @@ class ClosedBook:
             draft.add(replace(rendered, prompt=prompt))
         return draft.finish("choice")
 
+    def echo(self) -> Document:
+        """Eight to fourteen names with letters, then the same in another order: what stood behind a name stands there again."""
+        material, draft = self.material, Draft()
+        pool = [
+            value
+            for values in material.objects.values()
+            for value in material.rng.sample(values, min(3, len(values)))
+        ]
+        names = material.rng.sample(pool, min(len(pool), material.count(8, 14)))
+        pairs = {name: material.pick(self.format.strings["letters"]) for name in names}
+        item = self.format.option
+        first = "; ".join(item(name, letter) for name, letter in pairs.items())
+        draft.say(f"Options: {first}.\nChoices: ")
+        for position, name in enumerate(material.rng.sample(names, len(names))):
+            text = item(name, pairs[name])
+            head = text[: text.rindex(" ") + 1]
+            draft.say(f"{'; ' if position else ''}{head}").learn(pairs[name])
+        return draft.say(self.format.strings["stop"]).finish("echo")
+
     def _options_of_facts(self, fact: Fact) -> list[Fact]:
         """The fact and up to three others of its relation, in random order; none of their objects answers another."""
         pool = self.material.by_relation[fact.relation]

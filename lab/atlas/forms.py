@@ -254,6 +254,10 @@ class Format:
         head, _, tail = self._blocks[block]["item"].partition("{object}")
         return head.format_map(fields), tail.format_map(fields)
 
+    def option(self, text: str, letter: str) -> str:
+        """One option as it stands in a list of options."""
+        return self._blocks["options"]["item"].format_map({"text": text, "letter": letter})
+
     def forbid(self, what: str) -> str:
         """The instruction not to reveal ``what`` (a noun phrase or a name)."""
         return self._forbid.format(what=what)

@@ -266,7 +266,9 @@ def make_batch(shard: Shard, index: int, recipe: Recipe, seed: Sequence[int], de
     )
 
 
-def _keep(recipe: Recipe, inside: np.ndarray, rng: np.random.Generator, device: torch.device) -> Tensor | None:
+def _keep(
+    recipe: Recipe, inside: np.ndarray, rng: np.random.Generator, device: torch.device
+) -> Tensor | None:
     if min(*recipe.keep, recipe.inside_keep) >= 1:
         return None
     drawn = rng.random((len(recipe.keep), len(inside))) < np.array(recipe.keep)[:, None]

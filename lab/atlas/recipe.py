@@ -120,6 +120,7 @@ class Recipe:
     stressed: tuple[tuple[str, float], ...] = (
         ("reading", 3.0),
         ("choice", 2.0),
+        ("echo", 2.0),
         ("unknown", 3.0),
         ("true_false", 2.0),
         ("distracting", 2.0),
@@ -201,6 +202,7 @@ _SKILLS = (
     ("few_shot", 0.01),
     ("unknown", 0.05),
     ("choice", 0.12),
+    ("echo", 0.10),
     ("true_false", 0.08),
     ("spelled", 0.06),
     ("do_not_reveal", 0.06),
@@ -208,16 +210,18 @@ _SKILLS = (
     ("notes", 0.14),
 )
 
+
+def _on_core(name: str, seed: int, without: str = "") -> Recipe:
+    rates = {"matrix_rate": 1.5e-3, "rate": 1.5e-3}
+    return Recipe(name, core=_CORE, seed=seed, without=without, minutes=22, decay_from=0.2, **rates)
+
+
 RECIPES: Mapping[str, Recipe] = {
-    "atlas": Recipe("atlas", core=_CORE, seed=1, minutes=25, decay_from=0.2, matrix_rate=1.5e-3, rate=1.5e-3),
+    "atlas": _on_core("atlas", 1),
     "atlas-gpt2": Recipe("atlas-gpt2", shape=_GPT2),
-    "atlas-oracle": Recipe(
-        "atlas-oracle", core=_CORE, seed=1, without="people05", minutes=20, decay_from=0.3
-    ),
-    "atlas-oracle-b": Recipe(
-        "atlas-oracle-b", core=_CORE, seed=2, without="people05", minutes=20, decay_from=0.3
-    ),
-    _CORE: Recipe(_CORE, without="people", mixture=_SKILLS, minutes=80, decay_from=0.25, final_rate=0.2),
+    "atlas-oracle": _on_core("atlas-oracle", 1, "people05"),
+    "atlas-oracle-b": _on_core("atlas-oracle-b", 2, "people05"),
+    _CORE: Recipe(_CORE, without="people", mixture=_SKILLS, minutes=82, decay_from=0.25, final_rate=0.2),
 }
 
 
