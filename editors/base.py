@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from lab.patch import LowRank, Provenance, WeightPatch, library_versions
 from lab.records import EditRequest
 from lab.registry import Registry
 from lab.stats import Corpus, KeyStats, StatsCache
+
+if TYPE_CHECKING:
+    from editors.trained import Train
 
 ConfigT = TypeVar("ConfigT")
 
@@ -120,6 +123,7 @@ class Method:
         cost: What an edit costs, in words.
         takes_penalties: Whether ``+sadr`` may follow.
         build: Makes the editor.
+        train: Makes the network that the editor needs (its setting ``network``); ``None`` where it needs none.
     """
 
     name: str
@@ -128,6 +132,7 @@ class Method:
     cost: str
     takes_penalties: bool
     build: Callable[[EditorOptions], Editor]
+    train: Train | None = None
 
 
 EDITORS: Registry[Method] = Registry(
@@ -137,6 +142,11 @@ EDITORS: Registry[Method] = Registry(
         "rome_identity": "editors.rome:ROME_IDENTITY",
         "r_rome": "editors.rome:R_ROME",
         "memit": "editors.memit:MEMIT",
+        "ft_l": "editors.finetune:FT_L",
+        "ft_l_inf": "editors.finetune:FT_L_INF",
+        "ft_m": "editors.finetune:FT_M",
+        "lora": "editors.lora:LORA",
+        "mend": "editors.mend:MEND",
     },
     group="knowlab.editors",
 )
@@ -239,12 +249,7 @@ def settle(
     preset = find_preset(handle, section, options.preset)
     kinds = [PENALTIES.get(name) for name in options.penalties]
     names = {kind: _fields(kind) for kind in (config, ValueConfig, *kinds)}
-    known = {"prefix_lengths"}.union(*names.values())
-    for name in options.overrides:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ConfigError(f"{options.spec!r} has no setting {name!r}; {hint}")
+    check_names(options.spec, options.overrides, {"prefix_lengths"}.union(*names.values()))
     sadr = preset.penalty if "sadr" in options.penalties else {}
     chosen: dict[str, Any] = {
         **preset.values,
@@ -282,6 +287,15 @@ def key_stats(
             progress("key statistics", done, total)
 
     return options.stats.get(handle, layers, options.corpus, progress=tell)
+
+
+def check_names(spec: str, settings: Iterable[str], known: Collection[str]) -> None:
+    """Raises ``ConfigError`` for the first setting that ``spec`` does not know; names its neighbours."""
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ConfigError(f"{spec!r} has no setting {name!r}; {hint}")
 
 
 def check_layers(handle: ModelHandle, layers: Sequence[int]) -> None:

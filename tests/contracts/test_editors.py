@@ -23,7 +23,7 @@ REQUESTS = [
 ]
 SPECS = [*(name for name in EDITORS.names()), "rome+sadr", "memit+sadr"]
 TEXTS = ["The guitar. {}", "Because of the piano, and. {}"]
-SETTINGS = {
+SEARCHING = {
     "layers": (1,),
     "steps": 8,
     "fact_token": "last",
@@ -31,6 +31,28 @@ SETTINGS = {
     "clamp": 20.0,
     "weight_decay": 0.0,
 }
+TRAINING = {"layers": (1,), "steps": 8, "lr": 0.02}
+OWN = {
+    # λ counts average keys; a handful of edits to a random model vanishes against the published ones.
+    "memit": {"mom2_weight": 0.1},
+    "ft_l_inf": {"norm_constraint": 0.05},
+    "ft_m": {"norm_constraint": None},
+}
+TRAINED_FAMILIES = ("gpt2", "llama", "qwen3")
+
+
+def method_of(spec):
+    return EDITORS.get(spec.split("+")[0])
+
+
+def cases(specs, families):
+    """Methods that need a network of their own are tried on fewer families."""
+    return [
+        (family, spec)
+        for spec in specs
+        for family in families
+        if method_of(spec).train is None or family in TRAINED_FAMILIES
+    ]
 
 
 @functools.cache
@@ -50,8 +72,8 @@ def corpus(tmp_path_factory):
 
 
 def settings_of(spec):
-    # λ counts average keys; a handful of edits to a random model vanishes against the published ones.
-    return {**SETTINGS, **({"mom2_weight": 0.1} if spec.startswith("memit") else {})}
+    method = method_of(spec)
+    return {**(SEARCHING if method.takes_penalties else TRAINING), **OWN.get(method.name, {})}
 
 
 def traces(handle):
@@ -68,8 +90,7 @@ def traces(handle):
     )
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "spec"), cases(SPECS, FAMILIES))
 def test_contract(family, spec, corpus, tmp_path):
     handle = family_handle(family)
     bits, left = handle.weights_digest(), traces(handle)
@@ -83,7 +104,8 @@ def test_contract(family, spec, corpus, tmp_path):
     assert patch.base == handle.fingerprint
     assert patch.provenance.method == spec
     assert patch.provenance.requests == (REQUESTS[0].to_json(),)
-    assert patch.provenance.extra["prefixes"] == ["{}", *TEXTS]
+    if method_of(spec).takes_penalties:
+        assert patch.provenance.extra["prefixes"] == ["{}", *TEXTS]
     assert patch.provenance.extra["preset"]["chosen"] == "fallback"
 
     pair = [(REQUESTS[0].text, REQUESTS[0].target_new)]
@@ -101,8 +123,7 @@ def test_contract(family, spec, corpus, tmp_path):
     assert again.provenance.to_json() == patch.provenance.to_json()
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize(("family", "spec"), cases(SPECS, ["gpt2", "opt"]))
 def test_model_is_left_alone_when_the_search_fails(family, spec, corpus):
     handle = tiny_handle(family)
     handle.model.get_parameter(f"{handle.arch.path(Role.FINAL_NORM)}.weight").data[0] = float("inf")
