@@ -257,7 +257,7 @@ def train_mend(
             "validation": len(divided.validation),
             "digest": divided.digest,
         },
-        "training": result.to_json(),
+        "training": {"network": result.to_json()},
         "versions": library_versions(),
     }
     return save_network(out, "mend", handle, result.best, card, overwrite=overwrite)

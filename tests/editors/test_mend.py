@@ -204,7 +204,7 @@ def test_training_lowers_the_validation_loss_and_leaves_the_model_alone(tmp_path
     assert [p.requires_grad for p in handle.model.parameters()] == grads
     assert all(p.grad is None for p in handle.model.parameters())
     assert torch.equal(torch.random.get_rng_state(), random_state)
-    history = trained.card["training"]["history"]
+    history = trained.card["training"]["network"]["history"]
     best = min(figures["loss"] for figures in history)
     assert best < 0.9 * history[0]["loss"]
     assert [figures["step"] for figures in history] == [0, 10, 20, 30]
@@ -265,7 +265,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     longer = train_mend(
         handle, small_lessons(), tmp_path / "new", work=tmp_path / "net.work", settings={**QUICK, "steps": 6}
     )
-    assert longer.card["training"]["steps"] == 6
+    assert longer.card["training"]["network"]["steps"] == 6
     with pytest.raises(OutputExistsError):
         train_mend(handle, small_lessons(), tmp_path / "net", settings=QUICK)
 
@@ -273,7 +273,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best(tmp_path):
     handle = tiny_handle("llama")
     settings = {**QUICK, "lr": 0.5, "rate_lr": 0.5, "steps": 40, "eval_every": 1, "patience": 3}
-    training = train_mend(handle, small_lessons(), tmp_path / "net", settings=settings).card["training"]
+    training = train_mend(handle, small_lessons(), tmp_path / "net", settings=settings).card["training"]["network"]
     best = min(training["history"], key=lambda figures: figures["loss"])
     assert training["best_step"] == best["step"]
     assert training["steps"] == training["best_step"] + 3 < 40
