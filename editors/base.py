@@ -16,6 +16,7 @@ from editors.presets import Preset, find_preset
 from editors.values import Penalty, Progress, ValueConfig, ValueResult
 from lab.errors import ConfigError, NumericalError
 from lab.handle import ModelHandle
+from lab.memory import MemoryPatch
 from lab.patch import LowRank, Provenance, WeightPatch, library_versions
 from lab.records import EditRequest
 from lab.registry import Registry
@@ -37,7 +38,7 @@ class Editor(Protocol):
         *,
         history: Sequence[WeightPatch] | None = None,
         progress: Progress | None = None,
-    ) -> WeightPatch:
+    ) -> WeightPatch | MemoryPatch:
         """Computes a patch; the caller applies it.
 
         Args:
@@ -59,14 +60,14 @@ class ManyEditor(Protocol):
 
     def edit_many(
         self, handle: ModelHandle, requests: Sequence[EditRequest], *, progress: Progress | None = None
-    ) -> list[WeightPatch]:
+    ) -> Sequence[WeightPatch | MemoryPatch]:
         """One patch per request, each as if it were alone; equal to single calls up to rounding."""
         ...
 
 
 def edit_many(
     editor: Editor, handle: ModelHandle, requests: Sequence[EditRequest], *, progress: Progress | None = None
-) -> list[WeightPatch]:
+) -> list[WeightPatch | MemoryPatch]:
     """Computes one patch per request, none of which sees another: what a table of single edits needs.
 
     Editors that can search their values together do; others take one request at a time.
@@ -78,8 +79,8 @@ def edit_many(
         progress: As in ``Editor.edit``.
     """
     if isinstance(editor, ManyEditor):
-        return editor.edit_many(handle, requests, progress=progress)
-    patches = []
+        return list(editor.edit_many(handle, requests, progress=progress))
+    patches: list[WeightPatch | MemoryPatch] = []
     for request in requests:
         patches.append(editor.edit(handle, [request]))
         if progress is not None:

@@ -153,6 +153,7 @@ def edit(
         check_out(out, force)
     from editors import get_editor
     from lab.cli.session import open_model
+    from lab.patch import WeightPatch
 
     method = get_editor(editor, preset=preset, corpus=corpus, seed=seed, **options.overrides(settings))
     handle = open_model(model, patch, device=device, dtype=dtype)
@@ -179,8 +180,11 @@ def edit(
     screen = console(json)
     columns = ("prompt", "target", "before", "p(target)", "after", "p(target)")
     screen.print(table(f"{editor} on {model}", columns, rows))
+    weights = isinstance(change, WeightPatch)
+    size = {"rank": change.rank} if weights else {"kind": change.memory.kind}
+    what = f"rank: {change.rank}" if weights else f"memory: {change.memory.kind}"
     screen.print(
-        f"undo bit-identical: {'yes' if identical else 'NO'}   rank: {change.rank}   saved: {saved or 'no (give --out)'}"
+        f"undo bit-identical: {'yes' if identical else 'NO'}   {what}   saved: {saved or 'no (give --out)'}"
     )
     items = [
         {**request.to_json(), "before": first.to_json(), "after": second.to_json()}
@@ -191,7 +195,7 @@ def edit(
         "editor": editor,
         "before": _side(before),
         "after": _side(after),
-        "patch": {"path": saved, "id": change.id, "rank": change.rank},
+        "patch": {"path": saved, "id": change.id, **size},
         "undo": {"bit_identical": identical},
         "items": items,
     }
