@@ -148,6 +148,7 @@ EDITORS: Registry[Method] = Registry(
         "ft_m": "editors.finetune:FT_M",
         "lora": "editors.lora:LORA",
         "mend": "editors.mend:MEND",
+        "serac": "editors.serac:SERAC",
     },
     group="knowlab.editors",
 )

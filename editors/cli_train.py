@@ -34,9 +34,7 @@ Examples:
 
 @app.command("train-editor", help=_HELP)
 def train_editor(
-    editor: Annotated[
-        str, typer.Argument(help="Editor to train for: mend or serac.", show_default=False)
-    ],
+    editor: Annotated[str, typer.Argument(help="Editor to train for: mend or serac.", show_default=False)],
     data: Annotated[
         str,
         typer.Option(
@@ -120,7 +118,9 @@ def train_editor(
             (int(each["step"]), *(each[key] for key in columns), each["step"] == run["best_step"])
             for each in history
         ]
-        screen.print(table(f"{editor} for {model}: {name}, held-out lessons", ("step", *columns, "kept"), rows))
+        screen.print(
+            table(f"{editor} for {model}: {name}, held-out lessons", ("step", *columns, "kept"), rows)
+        )
     screen.print(f"network -> {out}   use it with: --editor {editor} --set network={out}")
     content = {
         "model": model,

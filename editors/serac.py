@@ -140,7 +140,11 @@ class ScopeLearner:
         """Of prompts in scope ``[prompt]`` and of prompts out of it ``[prompt]``."""
         count = self.config.negatives
         near = [prompt for prompt, _ in lesson.locality]
-        far = [text for subject, text in rng.sample(self.others, min(count, len(self.others))) if subject != lesson.subject]
+        far = [
+            text
+            for subject, text in rng.sample(self.others, min(count, len(self.others)))
+            if subject != lesson.subject
+        ]
         wordings = rng.sample(lesson.wordings, min(count, len(lesson.wordings)))
         return (
             self._to_key(lesson, [lesson.request.text, *wordings]),
@@ -193,9 +197,14 @@ class CounterfactualLearner:
 
     def validate(self, lessons: Sequence[Lesson]) -> Mapping[str, float]:
         """Mean negative log-likelihood of the new targets under the edit, and the share that is likelier than not."""
-        losses = [self._losses([lesson], random.Random(number), grad=False) for number, lesson in enumerate(lessons)]
+        losses = [
+            self._losses([lesson], random.Random(number), grad=False) for number, lesson in enumerate(lessons)
+        ]
         table = torch.cat(losses)
-        return {"loss": float(table.mean()), "followed": float((table < torch.tensor(2.0).log()).float().mean())}
+        return {
+            "loss": float(table.mean()),
+            "followed": float((table < torch.tensor(2.0).log()).float().mean()),
+        }
 
     def _losses(self, lessons: Sequence[Lesson], rng: random.Random, *, grad: bool) -> Tensor:
         pairs = []
@@ -252,10 +261,14 @@ def train_serac(
     encoder = _encoder(config.embedder, encoder)
     divided = divide(lessons, seed=seed)
     if not any(lesson.wordings for lesson in divided.train):
-        raise DataError("no lesson holds a second wording of its edit; the classifier cannot learn what is in scope")
+        raise DataError(
+            "no lesson holds a second wording of its edit; the classifier cannot learn what is in scope"
+        )
     plain = plain_settings(config)
     identity = {"editor": "serac", "base": handle.fingerprint, "seed": seed, "lessons": divided.digest}
-    identity |= {name: value for name, value in plain.items() if name not in ("steps", "patience", "threshold")}
+    identity |= {
+        name: value for name, value in plain.items() if name not in ("steps", "patience", "threshold")
+    }
 
     def run(learner: Any, phase: str) -> RunResult:
         return run_training(
@@ -286,7 +299,11 @@ def train_serac(
         "preset": source.to_json(),
         "adapter": sorted(patch.deltas),
         "seed": seed,
-        "lessons": {"train": len(divided.train), "validation": len(divided.validation), "digest": divided.digest},
+        "lessons": {
+            "train": len(divided.train),
+            "validation": len(divided.validation),
+            "digest": divided.digest,
+        },
         "training": {"scope": scope.to_json(), "counterfactual": trainer.result.to_json()},
         "versions": library_versions(),
     }
@@ -366,7 +383,8 @@ class SeracEditor:
         encoder = config.encoder or self.encoders.get(network.embedder)
         encoder = self.encoders.setdefault(network.embedder, _encoder(network.embedder, encoder))
         entries = tuple(
-            Entry(request.id, request.text, f"{request.text} {request.target_new.strip()}") for request in requests
+            Entry(request.id, request.text, f"{request.text} {request.target_new.strip()}")
+            for request in requests
         )
         keys = torch.from_numpy(encoder.encode([entry.prompt for entry in entries]))
         if progress is not None:
@@ -389,7 +407,9 @@ class SeracEditor:
             versions=library_versions(),
             extra={"preset": network.trained.card["preset"]},
         )
-        return MemoryPatch(handle.fingerprint, memory, made, tuple(entry.patch.id for entry in handle.applied))
+        return MemoryPatch(
+            handle.fingerprint, memory, made, tuple(entry.patch.id for entry in handle.applied)
+        )
 
 
 def _encoder(name: str, given: Embedder | None) -> Embedder:

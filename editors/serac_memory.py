@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lab.embeddings import Embedder
+from lab.errors import PatchError
 from lab.patch import LowRank
 
 if TYPE_CHECKING:
@@ -160,7 +161,9 @@ class SeracMemory:
     @contextmanager
     def active(self, handle: ModelHandle, routing: Routing) -> Iterator[Rewrite | None]:
         """Routes prompts, and runs rows that carry an edit with the adapter, inside the ``with``."""
-        headers = tuple(" ".join(header(self.entries[number].statement).split()) for number in self.in_force())
+        headers = tuple(
+            " ".join(header(self.entries[number].statement).split()) for number in self.in_force()
+        )
         owner = object()
 
         def carrying(now: Pass) -> Tensor:
@@ -172,7 +175,11 @@ class SeracMemory:
                         text = " ".join(handle.decode(ids[now.prompt[row]]).split())
                         rows[row] = any(each in text for each in headers)
                 now.latched[owner] = rows
-            return now.decision(owner)
+            if owner not in now.latched:
+                raise PatchError(
+                    "patches were applied or undone in the middle of a decoding; feed the prompts again"
+                )
+            return now.latched[owner]
 
         with ExitStack() as hooked:
             for name, delta in self.adapter.items():
@@ -188,7 +195,12 @@ class SeracMemory:
             for name, delta in self.adapter.items()
             for part, tensor in delta.tensors().items()
         }
-        return {"keys": self.keys, "scope/map": self.scope.map, "scope/log_scale": self.scope.log_scale, **parts}
+        return {
+            "keys": self.keys,
+            "scope/map": self.scope.map,
+            "scope/log_scale": self.scope.log_scale,
+            **parts,
+        }
 
     def settings(self) -> dict[str, Any]:
         """Everything else."""
@@ -206,7 +218,10 @@ class SeracMemory:
     def restore(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> SeracMemory:
         """See ``lab.memory.Memory``."""
         return cls(
-            tuple(Entry(str(each["id"]), str(each["prompt"]), str(each["statement"])) for each in settings["edits"]),
+            tuple(
+                Entry(str(each["id"]), str(each["prompt"]), str(each["statement"]))
+                for each in settings["edits"]
+            ),
             tensors["keys"],
             Scope(tensors["scope/map"], tensors["scope/log_scale"]),
             adapter_of(tensors, settings["adapter"]),

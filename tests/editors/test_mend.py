@@ -273,7 +273,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 def test_it_stops_when_validation_no_longer_improves_and_keeps_the_best(tmp_path):
     handle = tiny_handle("llama")
     settings = {**QUICK, "lr": 0.5, "rate_lr": 0.5, "steps": 40, "eval_every": 1, "patience": 3}
-    training = train_mend(handle, small_lessons(), tmp_path / "net", settings=settings).card["training"]["network"]
+    training = train_mend(handle, small_lessons(), tmp_path / "net", settings=settings).card["training"][
+        "network"
+    ]
     best = min(training["history"], key=lambda figures: figures["loss"])
     assert training["best_step"] == best["step"]
     assert training["steps"] == training["best_step"] + 3 < 40
