@@ -20,7 +20,7 @@ from torch import Tensor
 
 from editors.base import Editor, EditorOptions, Method, low_rank
 from editors.lessons import Lesson, divide
-from editors.mend_network import Factors, MendNetwork, edited_weights, gradient_factors
+from editors.mend_network import Factors, MendNetwork, edit_losses, edited_weights, gradient_factors
 from editors.rows import check_requests
 from editors.trained import (
     TrainedNetwork,
@@ -31,11 +31,9 @@ from editors.trained import (
 )
 from editors.training_run import run_training
 from editors.tuning import (
-    TargetLines,
     check_finite,
     check_positive,
     configured,
-    functional_logits,
     plain_settings,
     settle_bare,
     target_lines,
@@ -45,7 +43,6 @@ from lab.errors import ConfigError, PatchFormatError
 from lab.handle import ModelHandle
 from lab.patch import LowRank, Provenance, WeightPatch, library_versions
 from lab.records import EditRequest
-from lab.scoring import kl_divergence, log_probs
 
 FIRST_LESSONS = 50
 """Lessons whose gradients are in the running statistics before the first update."""
@@ -182,37 +179,6 @@ class MendLearner:
         kept = rng.sample(lesson.locality, min(self.config.locality_prompts, len(lesson.locality)))
         lines = target_lines(self.handle, [lesson.pair(rng), *kept])
         return edit_losses(self.handle, self.network, factors, lines)
-
-
-def edit_losses(
-    handle: ModelHandle, network: MendNetwork, factors: Mapping[str, Factors], lines: TargetLines
-) -> tuple[Tensor, Tensor]:
-    """The two losses of one edit; the graph reaches the network's parameters.
-
-    Args:
-        handle: The model, its parameters frozen.
-        network: Makes the update.
-        factors: Of the edit's gradient.
-        lines: The prompt that the edit must reach as row 0, then the prompts that must stay as they are.
-
-    Returns:
-        ``NLL(target | edited)``, and ``KL(base ‖ edited)`` averaged over the answer tokens of the other rows (0 without any).
-    """
-    weights = {}
-    updates = network(factors)
-    for weight in network.weights:
-        left, right = updates[weight.name]
-        parameter = handle.named_weight(weight.name).parameter.detach()
-        change = (left @ right).T if weight.transposed else left @ right
-        weights[weight.name] = (parameter.to(change.dtype) + change).to(parameter.dtype)
-    table = lines.of(functional_logits(handle, lines, weights))
-    edit = lines.row_losses(table)[0]
-    others = lines.row > 0
-    if not bool(others.any()):
-        return edit, edit.new_zeros(())
-    base = handle.logits(lines.batch, logits_to_keep=lines.keep)
-    before = log_probs(base[lines.row[others], lines.column[others]])
-    return edit, kl_divergence(before, table[others])
 
 
 def train_mend(

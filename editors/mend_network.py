@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from editors.tuning import TargetLines
+from editors.tuning import TargetLines, functional_logits
 from lab.arch import Role
 from lab.handle import ModelHandle
+from lab.scoring import kl_divergence, log_probs
 from lab.trace import Site, trace
 
 SPREAD_FLOOR = 1e-2
@@ -264,3 +265,34 @@ class MendNetwork(nn.Module):
         network = self.networks[weight.group]
         assert isinstance(network, GradientNetwork)
         return network
+
+
+def edit_losses(
+    handle: ModelHandle, network: MendNetwork, factors: Mapping[str, Factors], lines: TargetLines
+) -> tuple[Tensor, Tensor]:
+    """The two losses of one edit; the graph reaches the network's parameters.
+
+    Args:
+        handle: The model, its parameters frozen.
+        network: Makes the update.
+        factors: Of the edit's gradient.
+        lines: The prompt that the edit must reach as row 0, then the prompts that must stay as they are.
+
+    Returns:
+        ``NLL(target | edited)``, and ``KL(base ‖ edited)`` averaged over the answer tokens of the other rows (0 without any).
+    """
+    weights = {}
+    updates = network(factors)
+    for weight in network.weights:
+        left, right = updates[weight.name]
+        parameter = handle.named_weight(weight.name).parameter.detach()
+        change = (left @ right).T if weight.transposed else left @ right
+        weights[weight.name] = (parameter.to(change.dtype) + change).to(parameter.dtype)
+    table = lines.of(functional_logits(handle, lines, weights))
+    edit = lines.row_losses(table)[0]
+    others = lines.row > 0
+    if not bool(others.any()):
+        return edit, edit.new_zeros(())
+    base = handle.logits(lines.batch, logits_to_keep=lines.keep)
+    before = log_probs(base[lines.row[others], lines.column[others]])
+    return edit, kl_divergence(before, table[others])

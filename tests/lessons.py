@@ -29,7 +29,9 @@ def small_lessons() -> tuple[Lesson, ...]:
     for index, name in enumerate(names):
         for shift in (1, 3):
             new, kept = names[(index + shift) % len(names)], names[(index + 2) % len(names)]
-            request = EditRequest(f"{name}/{shift}", "The capital of {} is", name, _CITIES[new], _CITIES[name])
+            request = EditRequest(
+                f"{name}/{shift}", "The capital of {} is", name, _CITIES[new], _CITIES[name]
+            )
             wordings = (f"{name} has its capital in", f"Fact: the capital of {name} is")
             locality = (
                 (f"The capital of {kept} is", _CITIES[kept]),

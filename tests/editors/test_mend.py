@@ -10,8 +10,8 @@ from torch import nn
 
 from editors import edit_many, get_editor
 from editors.lessons import divide
-from editors.mend import MendConfig, MendLearner, edit_losses, load_mend, make_network, train_mend
-from editors.mend_network import RunningMoments, edited_weights, gradient_factors
+from editors.mend import MendConfig, MendLearner, load_mend, make_network, train_mend
+from editors.mend_network import RunningMoments, edit_losses, edited_weights, gradient_factors
 from editors.tuning import target_lines
 from editors.values import frozen
 from lab.arch import Role
@@ -197,7 +197,7 @@ def test_training_lowers_the_validation_loss_and_leaves_the_model_alone(tmp_path
     random_state = torch.random.get_rng_state()
     told = []
     trained = train_mend(
-        handle, small_lessons(), tmp_path / "net", settings={**QUICK, "steps": 30, "eval_every": 10},
+        handle, small_lessons(), tmp_path / "net", settings={**QUICK, "steps": 30, "eval_every": 10, "edit_weight": 1.0},
         progress=lambda *step: told.append(step),
     )  # fmt: skip
     assert handle.weights_digest() == bits
@@ -211,7 +211,7 @@ def test_training_lowers_the_validation_loss_and_leaves_the_model_alone(tmp_path
     assert told[-1] == ("training", 30, 30)
     network, again = load_mend(tmp_path / "net", handle)
     assert again.id == trained.id
-    learner = MendLearner(handle, network, MendConfig(**QUICK))
+    learner = MendLearner(handle, network, MendConfig(**QUICK, edit_weight=1.0))
     held = divide(small_lessons()).validation
     assert learner.validate(held)["loss"] == pytest.approx(best, rel=1e-5)
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from editors import get_editor
-from editors.lessons import atlas_lessons
-from editors.serac import CounterfactualLearner, SeracConfig, load_serac, train_serac
-from editors.serac_memory import Scope, SeracMemory, above, header
+from editors.lessons import atlas_lessons, divide
+from editors.serac import load_serac, train_serac
+from editors.serac_learners import CounterfactualLearner, SeracConfig
+from editors.serac_memory import Entry, Scope, SeracMemory, above, header
 from lab.errors import BaseMismatchError, ConfigError, DataError, PatchError, PatchFormatError
 from lab.memory import MemoryPatch
 from lab.patch import LowRank, Provenance, WeightPatch
 from lab.records import EditRequest
 from lab.scoring import score_targets
+from lab.tokens import pad_rows
 from tests.lessons import Trigrams, small_lessons
 from tests.tiny import tiny_handle
 
@@ -114,8 +116,6 @@ def test_rows_with_an_edit_are_the_counterfactual_models_and_the_others_the_base
     shape = handle.weight("mlp_out", 1).shape
     draw = torch.Generator().manual_seed(0)
     delta = LowRank(torch.randn(shape[0], 2, generator=draw), torch.randn(2, shape[1], generator=draw))
-    from editors.serac_memory import Entry
-
     entry = Entry("a", FRANCE.text, "The capital of France is Rome")
     memory = SeracMemory(
         (entry,), torch.from_numpy(encoder.encode([entry.prompt])), Scope.start(256), {name: delta}, 0.5, "n",
@@ -150,8 +150,6 @@ def test_generation_with_a_cache_gives_what_full_passes_give(network, encoder):
             ids = handle.encode([fed]).input_ids[0].tolist()
             start = len(ids)
             for _ in range(5):
-                from lab.tokens import pad_rows
-
                 logits = handle.logits(pad_rows([ids], 0, prompts=[start]))
                 ids.append(int(logits[0, -1].argmax()))
             assert handle.decode(ids[start:]) == text
@@ -235,8 +233,6 @@ def test_training_lowers_both_losses_and_leaves_the_model_alone(tmp_path, encode
     read = load_serac(tmp_path / "net", handle)
     with WeightPatch(handle.fingerprint, read.adapter, Provenance("x")).applied(handle, mode="sidecar"):
         learner = CounterfactualLearner(handle, SeracConfig(**QUICK))
-        from editors.lessons import divide
-
         held = learner.validate(divide(small_lessons()).validation)["loss"]
     best = min(each["loss"] for each in trained.card["training"]["counterfactual"]["history"])
     assert held == pytest.approx(best, rel=1e-4)

@@ -17,7 +17,7 @@ from editors.presets import find_preset, preset_names, read_table
 from editors.rome import RomeConfig
 from editors.rows import essence_row, request_rows
 from editors.sadr import AttentionDrift
-from editors.serac import SeracConfig
+from editors.serac_learners import SeracConfig
 from editors.values import ValueConfig
 from lab.errors import ConfigError, SubjectNotFoundError, UnknownNameError
 from lab.records import EditRequest
