@@ -138,6 +138,10 @@ EDITORS: Registry[Method] = Registry(
         "rome_identity": "editors.rome:ROME_IDENTITY",
         "r_rome": "editors.rome:R_ROME",
         "memit": "editors.memit:MEMIT",
+        "grace": "editors.grace:GRACE",
+        "wise": "editors.wise:WISE",
+        "ike": "editors.in_context:IKE",
+        "ice": "editors.in_context:ICE",
     },
     group="knowlab.editors",
 )

@@ -95,11 +95,13 @@ def _preset(
     if section not in row:
         raise ConfigError(f"preset {row['name']!r} has no values for {section!r}")
     values = dict(row[section])
+    # A section may have a source of its own.
+    source = str(values.pop("source", row["source"]))
     values["layers"] = place(tuple(values["layers"]), row["name"])
     common = table["sadr"]
     own = row.get("sadr", {}).get(section)
     penalty = {**(own or common.get(section, {})), "source": row["source"] if own else common["source"]}
-    return Preset(str(row["name"]), str(row["source"]), chosen, values, penalty)
+    return Preset(str(row["name"]), source, chosen, values, penalty)
 
 
 def _layers_as_written(handle: ModelHandle) -> Any:

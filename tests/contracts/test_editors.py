@@ -21,7 +21,9 @@ REQUESTS = [
     EditRequest("a", "The capital of {} is", "France", "Rome"),
     EditRequest("b", "{}'s wife is", "Barack Obama", "Marie Curie"),
 ]
-SPECS = [*(name for name in EDITORS.names()), "rome+sadr", "memit+sadr"]
+# Methods that make memories instead of weight deltas have a contract of their own: test_memory_editors.
+MEMORIES = ("grace", "wise", "ike", "ice")
+SPECS = [*(name for name in EDITORS.names() if name not in MEMORIES), "rome+sadr", "memit+sadr"]
 TEXTS = ["The guitar. {}", "Because of the piano, and. {}"]
 SETTINGS = {
     "layers": (1,),
