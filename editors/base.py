@@ -149,6 +149,10 @@ EDITORS: Registry[Method] = Registry(
         "lora": "editors.lora:LORA",
         "mend": "editors.mend:MEND",
         "serac": "editors.serac:SERAC",
+        "grace": "editors.grace:GRACE",
+        "wise": "editors.wise:WISE",
+        "ike": "editors.in_context:IKE",
+        "ice": "editors.in_context:ICE",
     },
     group="knowlab.editors",
 )

@@ -96,6 +96,7 @@ def _preset(
     if section not in row and not shared:
         raise ConfigError(f"preset {row['name']!r} has no values for {section!r}")
     values = {**shared, **row.get(section, {})}
+    # A section may have a source of its own.
     source = values.pop("source", row["source"])
     if "layers" in values:
         values["layers"] = place(tuple(values["layers"]), row["name"])

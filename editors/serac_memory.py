@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lab.embeddings import Embedder
-from lab.errors import PatchError
 from lab.patch import LowRank
 
 if TYPE_CHECKING:
@@ -175,11 +174,7 @@ class SeracMemory:
                         text = " ".join(handle.decode(ids[now.prompt[row]]).split())
                         rows[row] = any(each in text for each in headers)
                 now.latched[owner] = rows
-            if owner not in now.latched:
-                raise PatchError(
-                    "patches were applied or undone in the middle of a decoding; feed the prompts again"
-                )
-            return now.latched[owner]
+            return now.decision(owner)
 
         with ExitStack() as hooked:
             for name, delta in self.adapter.items():

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -35,22 +35,17 @@ class Memory(Protocol):
     a memory decides between all it holds, and undoing a patch is joining the others.
     """
 
-    @property
-    def kind(self) -> str:
-        """Name in the entry-point group ``knowlab.memories``."""
-        ...
-
-    @property
-    def changes(self) -> Literal["model", "prompts"]:
-        """Whether it acts inside the forward pass or before it."""
-        ...
+    kind: ClassVar[str]
+    """Name in the entry-point group ``knowlab.memories``."""
+    changes: ClassVar[Literal["model", "prompts"]]
+    """Whether it acts inside the forward pass or before it."""
 
     @property
     def group(self) -> Hashable:
         """Memories that can be joined have equal groups (a codebook: its layer)."""
         ...
 
-    def join(self, other: Self) -> Self:
+    def join(self, other: Any) -> Memory:
         """Both memories as one; ``other`` is the later."""
         ...
 
@@ -75,7 +70,7 @@ class Memory(Protocol):
         ...
 
     @classmethod
-    def restore(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
+    def restore(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Memory:
         """The memory that ``tensors()`` and ``settings()`` describe; ``KeyError`` or ``ValueError`` where they do not."""
         ...
 

@@ -55,6 +55,18 @@ class Pass:
         columns = torch.arange(self.mask.shape[1], device=self.mask.device)
         return columns == self.prompt_last[:, None]
 
+    def decision(self, memory: Any) -> Any:
+        """What ``memory`` latched when the prompts were fed.
+
+        Raises:
+            PatchError: Nothing: patches were applied or undone since then.
+        """
+        if memory not in self.latched:
+            raise PatchError(
+                "patches were applied or undone in the middle of a decoding; feed the prompts again"
+            )
+        return self.latched[memory]
+
     def shaped(self, value: Tensor) -> Tensor:
         """An activation as ``[batch, pos, d]``, also where a family flattens batch and positions (OPT's MLP)."""
         return value.reshape(*self.mask.shape, value.shape[-1])

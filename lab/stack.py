@@ -6,7 +6,7 @@ Undo never subtracts: the pristine bits come back and the patches that remain ar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,6 +76,7 @@ class PatchStack:
         self.routing = Routing()
         self._memories: tuple[Memory, ...] = ()
         self._rewrites: tuple[Rewrite, ...] = ()
+        self._aside: tuple[str, Hashable] | None = None
         self._attached = ExitStack()
         self._entries: list[Applied] = []
         self._pristine: dict[str, Tensor] = {}
@@ -118,6 +119,21 @@ class PatchStack:
                     f"{what} runs parts of the model and cannot do so under a {memory.kind!r} memory; undo the memory "
                     "patch, compute, and apply it again"
                 )
+
+    @contextmanager
+    def aside(self, kind: str, group: Hashable) -> Iterator[None]:
+        """Everything applied but the memories of one kind and group, for the length of a ``with``.
+
+        What is added to a memory is computed where the memory itself does not answer. Holds the write lock.
+        """
+        with self._handle.writing():
+            try:
+                self._aside = (kind, group)
+                self._attach_memories()
+                yield
+            finally:
+                self._aside = None
+                self._attach_memories()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -219,7 +235,7 @@ class PatchStack:
             if (memory := entry._memory) is not None:
                 key = (memory.kind, memory.group)
                 joined[key] = joined[key].join(memory) if key in joined else memory
-        found = tuple(joined.values())
+        found = tuple(memory for key, memory in joined.items() if key != self._aside)
         with ExitStack() as attached:
             if any(memory.changes == "model" for memory in found):
                 attached.enter_context(self.routing.watching(self._handle.model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ class Nudge:
     layer: int
     vectors: Tensor
     limits: tuple[float, ...]
-    kind: str = "nudge"
-    changes: Literal["model", "prompts"] = "model"
+    kind: ClassVar[str] = "nudge"
+    changes: ClassVar[Literal["model", "prompts"]] = "model"
 
     @property
     def group(self) -> int:
@@ -75,8 +75,8 @@ class Before:
     """Puts texts before every prompt."""
 
     texts: tuple[str, ...]
-    kind: str = "before"
-    changes: Literal["model", "prompts"] = "prompts"
+    kind: ClassVar[str] = "before"
+    changes: ClassVar[Literal["model", "prompts"]] = "prompts"
     group: None = None
 
     def join(self, other: Before) -> Before:

@@ -18,14 +18,17 @@ from lab.patch_io import load_saved
 from lab.records import EditRequest
 from lab.scoring import score_targets
 from lab.stats import Corpus, StatsCache
-from tests.lessons import Trigrams, small_lessons
+from tests.fakes import WordEmbedder
+from tests.lessons import small_lessons
 from tests.tiny import FAMILIES, tiny_handle
 
 REQUESTS = [
     EditRequest("a", "The capital of {} is", "France", "Rome"),
     EditRequest("b", "{}'s wife is", "Barack Obama", "Marie Curie"),
 ]
-SPECS = [*(name for name in EDITORS.names()), "rome+sadr", "memit+sadr"]
+# Methods that make memories instead of weight deltas have a contract of their own: test_memory_editors.
+MEMORIES = ("grace", "wise", "ike", "ice")
+SPECS = [*(name for name in EDITORS.names() if name not in MEMORIES), "rome+sadr", "memit+sadr"]
 TEXTS = ["The guitar. {}", "Because of the piano, and. {}"]
 SEARCHING = {
     "layers": (1,),
@@ -46,7 +49,7 @@ TRAINED_FAMILIES = ("gpt2", "llama", "qwen3")
 NETWORKS = {
     "mend": {"blocks": 2, "rank": 8, "edit_rate": 0.01, "lr": 1e-3, "steps": 2, "lessons_per_step": 2},
     "serac": {
-        "embedder": "trigrams",
+        "embedder": "words",
         "modules": "mlp",
         "lr": 0.005,
         "steps": 30,
@@ -94,7 +97,7 @@ def settings_of(tmp_path_factory):
     def network(method, handle):
         key = (method.name, handle.fingerprint)
         if key not in trained:
-            sentences = {"encoder": Trigrams()} if method.name == "serac" else {}
+            sentences = {"encoder": WordEmbedder()} if method.name == "serac" else {}
             made = method.train(
                 handle,
                 small_lessons(),

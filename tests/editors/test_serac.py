@@ -18,20 +18,21 @@ from lab.patch import LowRank, Provenance, WeightPatch
 from lab.records import EditRequest
 from lab.scoring import score_targets
 from lab.tokens import pad_rows
-from tests.lessons import Trigrams, small_lessons
+from tests.fakes import WordEmbedder
+from tests.lessons import small_lessons
 from tests.tiny import tiny_handle
 
 FRANCE = EditRequest("a", "The capital of {} is", "France", "Rome")
 PERU = EditRequest("b", "The capital of {} is", "Peru", "Tokyo")
 FAR = "Marie Curie plays the guitar, and"
 QUICK = {
-    "embedder": "trigrams", "modules": "mlp", "lr": 0.005, "steps": 20, "lessons_per_step": 2, "eval_every": 10,
+    "embedder": "words", "modules": "mlp", "lr": 0.005, "steps": 20, "lessons_per_step": 2, "eval_every": 10,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Trigrams()
+    return WordEmbedder()
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +119,8 @@ def test_rows_with_an_edit_are_the_counterfactual_models_and_the_others_the_base
     delta = LowRank(torch.randn(shape[0], 2, generator=draw), torch.randn(2, shape[1], generator=draw))
     entry = Entry("a", FRANCE.text, "The capital of France is Rome")
     memory = SeracMemory(
-        (entry,), torch.from_numpy(encoder.encode([entry.prompt])), Scope.start(256), {name: delta}, 0.5, "n",
-        "trigrams", encoder,
+        (entry,), torch.from_numpy(encoder.encode([entry.prompt])), Scope.start(64), {name: delta}, 0.5, "n",
+        "words", encoder,
     )  # fmt: skip
     texts = [
         above(entry.statement, FRANCE.text),
@@ -191,7 +192,7 @@ def test_a_saved_memory_routes_as_before(network, encoder, tmp_path, memory_kind
     again = MemoryPatch.load(patch.save(tmp_path / "patch"))
     assert again.id == patch.id
     memory = again.memory
-    assert isinstance(memory, SeracMemory) and memory.embedder == "trigrams"
+    assert isinstance(memory, SeracMemory) and memory.embedder == "words"
     shared = replace(memory, encoder=encoder)
     assert shared.route([FRANCE.text, PERU.text, FAR]) == [0, 1, None]
     assert patch.memory.route([FRANCE.text, PERU.text, FAR]) == [0, 1, None]
