@@ -1,6 +1,6 @@
 """SERAC: edits are kept as texts, and a classifier routes prompts to a counterfactual model (Mitchell et al. 2022, arXiv 2206.06520).
 
-``train_serac`` makes two things for one model, each on its own, as the paper does: the scope classifier, a map over frozen
+``train_serac`` makes two things for one model, each on its own: the scope classifier, a map over frozen
 sentence embeddings with binary cross entropy, and the counterfactual model. The latter is here the model itself with a LoRA
 adapter trained to answer from an edit that stands above the prompt, so that it shares tokenizer and knowledge with the base.
 An edit then costs one sentence embedding; the weights never change.

@@ -154,13 +154,15 @@ def target_lines(handle: ModelHandle, pairs: Sequence[tuple[str, str]], place: P
         EmptyTargetError: A target has no tokens.
     """
     rows: list[list[int]] = []
+    prompts: list[int] = []
     lines: list[tuple[int, int, int]] = []
     for index, (prompt, target) in enumerate(pairs):
         head, tail = join_target(handle.tokenizer, prompt, target)
         last = len(head) - 1
         rows.append([*head, *tail[:-1]] if place == "each" else head)
+        prompts.append(len(head))
         lines += [(index, last + step if place == "each" else last, token) for step, token in enumerate(tail)]
-    batch = pad_rows(rows, handle.pad_id, device=handle.device)
+    batch = pad_rows(rows, handle.pad_id, device=handle.device, prompts=prompts)
     keep = sorted({column for _, column, _ in lines})
     where = {column: index for index, column in enumerate(keep)}
 
@@ -187,7 +189,8 @@ def functional_logits(handle: ModelHandle, lines: TargetLines, weights: Mapping[
         weights: Parameter name to a tensor in the orientation and type that the module stores; may carry a graph.
     """
     arguments = {**handle.inputs(lines.batch), "use_cache": False, "logits_to_keep": lines.keep}
-    return torch.func.functional_call(handle.model, dict(weights), (), arguments).logits
+    with handle.stack.routing.prompts(lines.batch.prompt_last):
+        return torch.func.functional_call(handle.model, dict(weights), (), arguments).logits
 
 
 def chunks(requests: Sequence[EditRequest], size: int) -> list[Sequence[EditRequest]]:

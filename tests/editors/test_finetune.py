@@ -81,6 +81,8 @@ def test_losses_fall_on_target_tokens_only_and_a_row_does_not_depend_on_its_neig
     losses = together.row_losses(together.of(logits))
     expected = [-score.mean_logprob for score in score_targets(handle, pairs)]
     assert losses.tolist() == pytest.approx(expected, abs=1e-12)
+    ends = [len(join_target(handle.tokenizer, *pair)[0]) - 1 for pair in pairs]
+    assert together.batch.prompt_last is not None and together.batch.prompt_last.tolist() == ends
     alone = target_lines(handle, pairs[:1])
     logits = handle.logits(alone.batch, logits_to_keep=alone.keep)
     assert float(alone.row_losses(alone.of(logits))) == pytest.approx(expected[0], abs=1e-12)
