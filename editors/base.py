@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -16,10 +16,14 @@ from editors.presets import Preset, find_preset
 from editors.values import Penalty, Progress, ValueConfig, ValueResult
 from lab.errors import ConfigError, NumericalError
 from lab.handle import ModelHandle
+from lab.memory import MemoryPatch
 from lab.patch import LowRank, Provenance, WeightPatch, library_versions
 from lab.records import EditRequest
 from lab.registry import Registry
 from lab.stats import Corpus, KeyStats, StatsCache
+
+if TYPE_CHECKING:
+    from editors.trained import Train
 
 ConfigT = TypeVar("ConfigT")
 
@@ -34,7 +38,7 @@ class Editor(Protocol):
         *,
         history: Sequence[WeightPatch] | None = None,
         progress: Progress | None = None,
-    ) -> WeightPatch:
+    ) -> WeightPatch | MemoryPatch:
         """Computes a patch; the caller applies it.
 
         Args:
@@ -56,14 +60,14 @@ class ManyEditor(Protocol):
 
     def edit_many(
         self, handle: ModelHandle, requests: Sequence[EditRequest], *, progress: Progress | None = None
-    ) -> list[WeightPatch]:
+    ) -> Sequence[WeightPatch | MemoryPatch]:
         """One patch per request, each as if it were alone; equal to single calls up to rounding."""
         ...
 
 
 def edit_many(
     editor: Editor, handle: ModelHandle, requests: Sequence[EditRequest], *, progress: Progress | None = None
-) -> list[WeightPatch]:
+) -> list[WeightPatch | MemoryPatch]:
     """Computes one patch per request, none of which sees another: what a table of single edits needs.
 
     Editors that can search their values together do; others take one request at a time.
@@ -75,8 +79,8 @@ def edit_many(
         progress: As in ``Editor.edit``.
     """
     if isinstance(editor, ManyEditor):
-        return editor.edit_many(handle, requests, progress=progress)
-    patches = []
+        return list(editor.edit_many(handle, requests, progress=progress))
+    patches: list[WeightPatch | MemoryPatch] = []
     for request in requests:
         patches.append(editor.edit(handle, [request]))
         if progress is not None:
@@ -120,6 +124,7 @@ class Method:
         cost: What an edit costs, in words.
         takes_penalties: Whether ``+sadr`` may follow.
         build: Makes the editor.
+        train: Makes the network that the editor needs (its setting ``network``); ``None`` where it needs none.
     """
 
     name: str
@@ -128,6 +133,7 @@ class Method:
     cost: str
     takes_penalties: bool
     build: Callable[[EditorOptions], Editor]
+    train: Train | None = None
 
 
 EDITORS: Registry[Method] = Registry(
@@ -137,6 +143,16 @@ EDITORS: Registry[Method] = Registry(
         "rome_identity": "editors.rome:ROME_IDENTITY",
         "r_rome": "editors.rome:R_ROME",
         "memit": "editors.memit:MEMIT",
+        "ft_l": "editors.finetune:FT_L",
+        "ft_l_inf": "editors.finetune:FT_L_INF",
+        "ft_m": "editors.finetune:FT_M",
+        "lora": "editors.lora:LORA",
+        "mend": "editors.mend:MEND",
+        "serac": "editors.serac:SERAC",
+        "grace": "editors.grace:GRACE",
+        "wise": "editors.wise:WISE",
+        "ike": "editors.in_context:IKE",
+        "ice": "editors.in_context:ICE",
     },
     group="knowlab.editors",
 )
@@ -239,12 +255,7 @@ def settle(
     preset = find_preset(handle, section, options.preset)
     kinds = [PENALTIES.get(name) for name in options.penalties]
     names = {kind: _fields(kind) for kind in (config, ValueConfig, *kinds)}
-    known = {"prefix_lengths"}.union(*names.values())
-    for name in options.overrides:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ConfigError(f"{options.spec!r} has no setting {name!r}; {hint}")
+    check_names(options.spec, options.overrides, {"prefix_lengths"}.union(*names.values()))
     sadr = preset.penalty if "sadr" in options.penalties else {}
     chosen: dict[str, Any] = {
         **preset.values,
@@ -282,6 +293,15 @@ def key_stats(
             progress("key statistics", done, total)
 
     return options.stats.get(handle, layers, options.corpus, progress=tell)
+
+
+def check_names(spec: str, settings: Iterable[str], known: Collection[str]) -> None:
+    """Raises ``ConfigError`` for the first setting that ``spec`` does not know; names its neighbours."""
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ConfigError(f"{spec!r} has no setting {name!r}; {hint}")
 
 
 def check_layers(handle: ModelHandle, layers: Sequence[int]) -> None:

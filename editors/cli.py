@@ -1,4 +1,4 @@
-"""Commands that need an editing method: ``edit``, ``eval`` and ``demo``."""
+"""Commands that need an editing method: ``edit``, ``eval``, ``train-editor`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from editors import cli_eval
+from editors import cli_eval, cli_train
 from editors import cli_options as options
 from lab.cli import options as opt
 from lab.cli.output import check_out, console, progress, table, write_json
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 app.add_typer(cli_eval.app)
+app.add_typer(cli_train.app)
 
 EditorSpec = Annotated[
     str,
@@ -152,6 +153,7 @@ def edit(
         check_out(out, force)
     from editors import get_editor
     from lab.cli.session import open_model
+    from lab.patch import WeightPatch
 
     method = get_editor(editor, preset=preset, corpus=corpus, seed=seed, **options.overrides(settings))
     handle = open_model(model, patch, device=device, dtype=dtype)
@@ -178,8 +180,11 @@ def edit(
     screen = console(json)
     columns = ("prompt", "target", "before", "p(target)", "after", "p(target)")
     screen.print(table(f"{editor} on {model}", columns, rows))
+    weights = isinstance(change, WeightPatch)
+    size = {"rank": change.rank} if weights else {"kind": change.memory.kind}
+    what = f"rank: {change.rank}" if weights else f"memory: {change.memory.kind}"
     screen.print(
-        f"undo bit-identical: {'yes' if identical else 'NO'}   rank: {change.rank}   saved: {saved or 'no (give --out)'}"
+        f"undo bit-identical: {'yes' if identical else 'NO'}   {what}   saved: {saved or 'no (give --out)'}"
     )
     items = [
         {**request.to_json(), "before": first.to_json(), "after": second.to_json()}
@@ -190,7 +195,7 @@ def edit(
         "editor": editor,
         "before": _side(before),
         "after": _side(after),
-        "patch": {"path": saved, "id": change.id, "rank": change.rank},
+        "patch": {"path": saved, "id": change.id, **size},
         "undo": {"bit_identical": identical},
         "items": items,
     }

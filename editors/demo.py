@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lab.eval.probe import Probe
     from lab.eval.report import Report
     from lab.handle import ModelHandle
+    from lab.memory import MemoryPatch
     from lab.patch import WeightPatch
 
 # Group of a suite's probes, what it is called here, how many of a case are shown.
@@ -154,10 +155,10 @@ def choose_cases(handle: ModelHandle, limit: int, seed: int) -> tuple[EditCase, 
 class Prepared:
     """An editor that hands out patches that were computed before, so that they are evaluated without a second search."""
 
-    def __init__(self, patches: Mapping[str, WeightPatch]) -> None:
+    def __init__(self, patches: Mapping[str, WeightPatch | MemoryPatch]) -> None:
         self._patches = patches
 
-    def edit(self, handle: ModelHandle, requests: Sequence[EditRequest]) -> WeightPatch:
+    def edit(self, handle: ModelHandle, requests: Sequence[EditRequest]) -> WeightPatch | MemoryPatch:
         """The patch of the one request."""
         (request,) = requests
         return self._patches[request.id]
@@ -196,7 +197,7 @@ def run_demo(
     reports, drifts, undone = [], {}, {}
     after: list[dict[str, str]] = [{} for _ in shown]
     for name, editor in editors.items():
-        patches: dict[str, WeightPatch] = {}
+        patches: dict[str, WeightPatch | MemoryPatch] = {}
         for number, case in enumerate(cases):
             if progress is not None:
                 progress(name, number, len(cases))

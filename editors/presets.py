@@ -45,7 +45,7 @@ def find_preset(handle: ModelHandle, section: str, name: str | None = None) -> P
 
     Args:
         handle: The model.
-        section: The method's section (``"rome"``, ``"memit"``).
+        section: The method's section (``"rome"``, ``"memit"``); a row adds to, or overrules, what ``[common.<section>]`` says.
         name: A row by name; otherwise the row that the model's config names, the one of its type and shape, or the
             fallback of its type.
 
@@ -92,14 +92,18 @@ def preset_names() -> tuple[str, ...]:
 def _preset(
     row: Mapping[str, Any], section: str, table: Mapping[str, Any], chosen: str, place: Any
 ) -> Preset:
-    if section not in row:
+    shared = table["common"].get(section, {})
+    if section not in row and not shared:
         raise ConfigError(f"preset {row['name']!r} has no values for {section!r}")
-    values = dict(row[section])
-    values["layers"] = place(tuple(values["layers"]), row["name"])
+    values = {**shared, **row.get(section, {})}
+    # A section may have a source of its own.
+    source = values.pop("source", row["source"])
+    if "layers" in values:
+        values["layers"] = place(tuple(values["layers"]), row["name"])
     common = table["sadr"]
     own = row.get("sadr", {}).get(section)
     penalty = {**(own or common.get(section, {})), "source": row["source"] if own else common["source"]}
-    return Preset(str(row["name"]), str(row["source"]), chosen, values, penalty)
+    return Preset(str(row["name"]), str(source), chosen, values, penalty)
 
 
 def _layers_as_written(handle: ModelHandle) -> Any:

@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
+    from lab.memory import MemoryPatch
     from lab.patch import WeightPatch
     from lab.records import EditRequest, Fact, ForgetRequest, Passage, Question
 
-__all__ = ["EditRequest", "Fact", "ForgetRequest", "ModelHandle", "Passage", "Question", "WeightPatch"]
+__all__ = [
+    "EditRequest",
+    "Fact",
+    "ForgetRequest",
+    "MemoryPatch",
+    "ModelHandle",
+    "Passage",
+    "Question",
+    "WeightPatch",
+]
 
-_HOMES = {"ModelHandle": "lab.handle", "WeightPatch": "lab.patch"}
+_HOMES = {"MemoryPatch": "lab.memory", "ModelHandle": "lab.handle", "WeightPatch": "lab.patch"}
 
 
 def __getattr__(name: str) -> Any:

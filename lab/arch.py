@@ -45,6 +45,8 @@ class Architecture:
             module output is not adding to the block output.
         eager_only: The family has no sdpa attention.
         flat_mlp: The MLP sees ``[batch*pos, d]`` instead of ``[batch, pos, d]``.
+        query_value: The attention's projections that make queries and values, below ``Role.ATTN``; one that makes more at
+            once where the family fuses them.
     """
 
     model_types: tuple[str, ...]
@@ -53,12 +55,17 @@ class Architecture:
     post_norm_mlp: bool = False
     eager_only: bool = False
     flat_mlp: bool = False
+    query_value: tuple[str, ...] = ("q_proj", "v_proj")
 
     def path(self, role: Role, layer: int | None = None) -> str:
         """Dotted path of ``role``; ``layer`` is needed exactly for roles that exist once per block."""
         if (role in LAYER_ROLES) != (layer is not None):
             raise ValueError(f"role {role.value!r} {'needs' if role in LAYER_ROLES else 'takes no'} layer")
         return self.paths[role].format(layer)
+
+    def query_value_paths(self, layer: int) -> tuple[str, ...]:
+        """Dotted paths of the projections that make the queries and values of one block."""
+        return tuple(f"{self.path(Role.ATTN, layer)}.{name}" for name in self.query_value)
 
 
 def _paths(
@@ -112,15 +119,15 @@ _PHI = _paths(
 )  # fmt: skip
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture(("gpt2",), _GPT2),
+    Architecture(("gpt2",), _GPT2, query_value=("c_attn",)),
     Architecture(("gptj",), _GPTJ, parallel=True, eager_only=True),
-    Architecture(("gpt_neox",), _NEOX, parallel=True),
+    Architecture(("gpt_neox",), _NEOX, parallel=True, query_value=("query_key_value",)),
     Architecture(("opt",), _OPT, flat_mlp=True),
     Architecture(("llama", "mistral", "qwen2", "qwen3"), _llama_paths()),
     Architecture(("gemma2",), _llama_paths(), post_norm_mlp=True, eager_only=True),
     Architecture(("gemma3_text",), _llama_paths(), post_norm_mlp=True),
     Architecture(("phi",), _PHI, parallel=True),
-    Architecture(("phi3",), _llama_paths("mlp.gate_up_proj")),
+    Architecture(("phi3",), _llama_paths("mlp.gate_up_proj"), query_value=("qkv_proj",)),
 )
 
 

@@ -19,6 +19,7 @@ from lab.tokens import encode_ids, filled_subject, pad_rows, subject_span
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
+    from lab.memory import MemoryPatch
     from lab.patch import WeightPatch
 
 __all__ = [
@@ -108,7 +109,7 @@ def _prompt_rows(
 @torch.no_grad()
 def attention_drift(
     handle: ModelHandle,
-    patch: WeightPatch,
+    patch: WeightPatch | MemoryPatch,
     prompts: Sequence[str],
     subjects: Sequence[str],
     *,
@@ -153,7 +154,11 @@ def _subject_attention(
 
 @torch.no_grad()
 def restored_logits(
-    handle: ModelHandle, patch: WeightPatch, prompts: Sequence[str], *, layers: Sequence[int] | None = None
+    handle: ModelHandle,
+    patch: WeightPatch | MemoryPatch,
+    prompts: Sequence[str],
+    *,
+    layers: Sequence[int] | None = None,
 ) -> Tensor:
     """Next-token logits of the patched model when its last token attends as it did before the patch.
 

@@ -331,9 +331,21 @@ class ModelHandle:
         arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         return arguments | ({"position_ids": batch.position_ids} if self._takes_positions else {})
 
+    def rewrite(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts as they are fed while patches that work in the prompt are applied; unchanged without such patches.
+
+        ``generate``, ``lab.scoring.score_targets`` and ``lab.eval.ModelRespondent`` ask through it. What takes token ids,
+        and what looks for a subject's tokens, does not.
+        """
+        return self.stack.rewrite(prompts)
+
     def logits(self, batch: Batch, *, grad: bool = False, **extra: Any) -> Tensor:
         """Runs the model; returns logits ``[batch, pos, vocabulary]``."""
-        with self.reading(), torch.set_grad_enabled(grad):
+        with (
+            self.reading(),
+            torch.set_grad_enabled(grad),
+            self.stack.routing.prompts(batch.prompt_last),
+        ):
             return self.model(**self.inputs(batch), use_cache=False, **extra).logits
 
     def generate(
@@ -361,10 +373,11 @@ class ModelHandle:
         Returns:
             Continuations only, in the order of ``prompts``.
         """
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         texts = [""] * len(prompts)
         with self.reading(), torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(seed)
+            prompts = self.rewrite(prompts)
+            order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
             for begin in range(0, len(order), batch_size):
                 chosen = order[begin : begin + batch_size]
                 continuations = self._generate(

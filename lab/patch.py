@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from lab.peft_export import PeftExport
 
 
-def _keep(tensor: Tensor) -> Tensor:
+def keep(tensor: Tensor) -> Tensor:
+    """A tensor as patches hold it: detached, on the CPU, in fp32 (fp64 where it was fp64)."""
     # fp64 stays for fp64 bases; everything narrower is kept in fp32, because bf16 factors lose most of a small edit.
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return tensor.detach().to(device="cpu", dtype=dtype).contiguous()
@@ -44,8 +45,8 @@ class LowRank:
             raise PatchError(
                 f"left {tuple(self.left.shape)} and right {tuple(self.right.shape)} do not chain"
             )
-        object.__setattr__(self, "left", _keep(self.left))
-        object.__setattr__(self, "right", _keep(self.right))
+        object.__setattr__(self, "left", keep(self.left))
+        object.__setattr__(self, "right", keep(self.right))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,7 +98,7 @@ class Dense:
     delta: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "delta", _keep(self.delta))
+        object.__setattr__(self, "delta", keep(self.delta))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -176,6 +177,15 @@ class Provenance:
         }
 
 
+def hash_of(header: Sequence[Any], parts: Sequence[tuple[str, Tensor]]) -> str:
+    """The id of a patch: a hash of plain values and of named tensors on the CPU, in order."""
+    digest = hashlib.sha256(json.dumps(list(header)).encode())
+    for name, tensor in parts:
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def library_versions() -> dict[str, str]:
     """Versions that a patch's numbers depend on."""
     from importlib.metadata import PackageNotFoundError, version
@@ -216,12 +226,12 @@ class WeightPatch:
         """Hash of base, parents and deltas; equal patches have equal ids."""
         cached = self.__dict__.get("_id")
         if cached is None:
-            digest = hashlib.sha256(json.dumps([self.base, list(self.parents)]).encode())
-            for name, delta in sorted(self.deltas.items()):
-                for part, tensor in delta.tensors().items():
-                    digest.update(f"{name}/{part}{tuple(tensor.shape)}".encode())
-                    digest.update(tensor.numpy().tobytes())
-            cached = digest.hexdigest()
+            parts = [
+                (f"{name}/{part}", tensor)
+                for name, delta in sorted(self.deltas.items())
+                for part, tensor in delta.tensors().items()
+            ]
+            cached = hash_of([self.base, list(self.parents)], parts)
             object.__setattr__(self, "_id", cached)
         return str(cached)
 

@@ -1,24 +1,31 @@
-"""Saving and loading weight patches: ``patch.safetensors`` for the factors, ``patch.json`` for everything else."""
+"""Saving and loading patches: ``patch.safetensors`` for the tensors, ``patch.json`` for everything else."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lab.errors import PatchError, PatchFormatError
+from lab.errors import PatchError, PatchFormatError, UnknownNameError
 from lab.files import write_folder
 from lab.patch import Delta, Dense, LowRank, Provenance, WeightPatch
 
+if TYPE_CHECKING:
+    from lab.memory import MemoryPatch
+
 FORMAT = "knowlab-patch"
+MEMORY_FORMAT = "knowlab-memory"
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "patch.safetensors"
 CARD_FILE = "patch.json"
+_TITLES = {FORMAT: "weight patch", MEMORY_FORMAT: "memory patch"}
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, SafetensorError, PatchError)
 
 
 def save_patch(patch: WeightPatch, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -28,21 +35,91 @@ def save_patch(patch: WeightPatch, folder: str | Path, *, overwrite: bool = Fals
         for name, delta in patch.deltas.items()
         for part, value in delta.tensors().items()
     }
+    content = {
+        "rank": patch.rank,
+        "norms": patch.norms(),
+        "deltas": {
+            name: {"kind": _kind(delta), "shape": list(delta.shape)} for name, delta in patch.deltas.items()
+        },
+    }
+    return _save(FORMAT, patch, content, tensors, folder, overwrite)
 
+
+def load_patch(folder: str | Path) -> WeightPatch:
+    """See ``WeightPatch.load``."""
+    place = Path(folder)
+    card, tensors = _read(place, FORMAT)
+    try:
+        deltas = {name: _delta(name, entry["kind"], tensors) for name, entry in card["deltas"].items()}
+        patch = WeightPatch(card["base"], deltas, _provenance(card), tuple(card["parents"]))
+    except _UNREADABLE as error:
+        raise PatchFormatError(f"{place} is not a readable patch: {error}") from error
+    _check_id(place, patch, card)
+    return patch
+
+
+def save_memory(patch: MemoryPatch, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """See ``MemoryPatch.save``."""
+    content = {"kind": patch.memory.kind, "settings": dict(patch.memory.settings())}
+    return _save(MEMORY_FORMAT, patch, content, dict(patch.memory.tensors()), folder, overwrite)
+
+
+def load_memory(folder: str | Path) -> MemoryPatch:
+    """See ``MemoryPatch.load``."""
+    from lab.memory import MemoryPatch, memory_kinds
+
+    place = Path(folder)
+    card, tensors = _read(place, MEMORY_FORMAT)
+    try:
+        kind = memory_kinds().get(card["kind"])
+    except (KeyError, UnknownNameError) as error:
+        raise PatchFormatError(
+            f"{place} holds a memory that nothing installed here can read: {error}"
+        ) from error
+    try:
+        memory = kind.restore(tensors, card["settings"])
+        patch = MemoryPatch(card["base"], memory, _provenance(card), tuple(card["parents"]))
+    except _UNREADABLE as error:
+        raise PatchFormatError(f"{place} is not a readable patch: {error}") from error
+    _check_id(place, patch, card)
+    return patch
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The JSON card of a folder.
+
+    Raises:
+        PatchFormatError: There is none, or it is no JSON object.
+    """
+    file = Path(folder) / CARD_FILE
+    if not file.is_file():
+        raise PatchFormatError(f"{folder} holds no {CARD_FILE}; it is not a patch folder")
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PatchFormatError(f"{file} is not JSON: {error}") from error
+    if not isinstance(card, dict):
+        raise PatchFormatError(f"{file} does not describe a patch")
+    return card
+
+
+def _save(
+    format: str,
+    patch: WeightPatch | MemoryPatch,
+    content: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    folder: str | Path,
+    overwrite: bool,
+) -> Path:
     def fill(fresh: Path) -> None:
         save_file(tensors, fresh / WEIGHTS_FILE)
         card = {
-            "format": FORMAT,
+            "format": format,
             "format_version": FORMAT_VERSION,
             "id": patch.id,
             "base": patch.base,
             "parents": list(patch.parents),
-            "rank": patch.rank,
-            "norms": patch.norms(),
-            "deltas": {
-                name: {"kind": _kind(delta), "shape": list(delta.shape)}
-                for name, delta in patch.deltas.items()
-            },
+            **content,
             "provenance": patch.provenance.to_json(),
             "sha256": hashlib.sha256((fresh / WEIGHTS_FILE).read_bytes()).hexdigest(),
         }
@@ -53,54 +130,36 @@ def save_patch(patch: WeightPatch, folder: str | Path, *, overwrite: bool = Fals
     return write_folder(folder, fill, overwrite=overwrite)
 
 
-def load_patch(folder: str | Path) -> WeightPatch:
-    """See ``WeightPatch.load``."""
-    place = Path(folder)
+def _read(place: Path, format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Card and tensors of a folder that must be of ``format`` and whole."""
     card = read_card(place)
-    weights = place / WEIGHTS_FILE
+    file, weights = place / CARD_FILE, place / WEIGHTS_FILE
+    if card.get("format") != format:
+        raise PatchFormatError(f"{file} does not describe a {_TITLES[format]}")
+    if card.get("format_version") != FORMAT_VERSION:
+        raise PatchFormatError(
+            f"{file} has format version {card.get('format_version')}, this KnowLab reads {FORMAT_VERSION}"
+        )
     if not weights.is_file():
         raise PatchFormatError(f"{place} holds no {WEIGHTS_FILE}")
     if hashlib.sha256(weights.read_bytes()).hexdigest() != card.get("sha256"):
         raise PatchFormatError(f"{weights} does not match the checksum in {CARD_FILE}; the patch is damaged")
     try:
-        tensors = load_file(weights)
-        deltas = {name: _delta(name, entry["kind"], tensors) for name, entry in card["deltas"].items()}
-        provenance = card["provenance"]
-        patch = WeightPatch(
-            base=card["base"],
-            deltas=deltas,
-            provenance=Provenance(**{**provenance, "requests": tuple(provenance.get("requests", ()))}),
-            parents=tuple(card["parents"]),
-        )
-    except (KeyError, TypeError, AttributeError, SafetensorError, PatchError) as error:
+        return card, load_file(weights)
+    except SafetensorError as error:
         raise PatchFormatError(f"{place} is not a readable patch: {error}") from error
+
+
+def _provenance(card: Mapping[str, Any]) -> Provenance:
+    provenance = card["provenance"]
+    return Provenance(**{**provenance, "requests": tuple(provenance.get("requests", ()))})
+
+
+def _check_id(place: Path, patch: WeightPatch | MemoryPatch, card: Mapping[str, Any]) -> None:
     if patch.id != card.get("id"):
         raise PatchFormatError(
-            f"{place}: base, parents or deltas were changed after saving (the id does not match)"
+            f"{place}: base, parents or content were changed after saving (the id does not match)"
         )
-    return patch
-
-
-def read_card(folder: str | Path) -> dict[str, Any]:
-    """The JSON card of a saved patch.
-
-    Raises:
-        PatchFormatError: There is none, it is no JSON, of another kind, or of a newer version.
-    """
-    file = Path(folder) / CARD_FILE
-    if not file.is_file():
-        raise PatchFormatError(f"{folder} holds no {CARD_FILE}; it is not a patch folder")
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PatchFormatError(f"{file} is not JSON: {error}") from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise PatchFormatError(f"{file} does not describe a weight patch")
-    if card.get("format_version") != FORMAT_VERSION:
-        raise PatchFormatError(
-            f"{file} has format version {card.get('format_version')}, this KnowLab reads {FORMAT_VERSION}"
-        )
-    return card
 
 
 def _kind(delta: Delta) -> str:

@@ -1,19 +1,19 @@
-"""One reader for everything that ``--patch`` takes: weight patches, PEFT adapters, and formats of other floors.
+"""One reader for everything that ``--patch`` takes: weight and memory patches, PEFT adapters, and foreign formats.
 
-A folder with ``patch.json`` says what it is in the field ``format``. Formats other than a weight patch are found by that
+A folder with ``patch.json`` says what it is in the field ``format``. Formats other than the two of our own are found by that
 name in the entry-point group ``knowlab.patches``: a function of folder and handle that returns a patch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.errors import PatchFormatError
+from lab.memory import MemoryPatch
 from lab.patch import Patch, WeightPatch
-from lab.patch_files import CARD_FILE, FORMAT
+from lab.patch_files import CARD_FILE, FORMAT, MEMORY_FORMAT, read_card
 from lab.registry import Registry
 
 if TYPE_CHECKING:
@@ -40,7 +40,11 @@ def read_patch(folder: str | Path, handle: ModelHandle) -> Patch:
             f"there is no folder {str(place)!r}; a patch is the folder that saving one made"
         )
     if (place / CARD_FILE).is_file():
-        return _by_format(place, handle)
+        named = read_card(place).get("format")
+        readers: Registry[Reader] = Registry("patch format", {}, group=PATCH_GROUP)
+        if isinstance(named, str) and named not in (FORMAT, MEMORY_FORMAT) and named in readers:
+            return readers.get(named)(place, handle)
+        return load_saved(place)
     if (place / "adapter_config.json").is_file():
         from lab.peft_export import import_peft
 
@@ -50,13 +54,12 @@ def read_patch(folder: str | Path, handle: ModelHandle) -> Patch:
     )
 
 
-def _by_format(place: Path, handle: ModelHandle) -> Patch:
-    try:
-        card = json.loads((place / CARD_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PatchFormatError(f"{place / CARD_FILE} is not JSON: {error}") from error
-    named = card.get("format") if isinstance(card, dict) else None
-    readers: Registry[Reader] = Registry("patch format", {}, group=PATCH_GROUP)
-    if isinstance(named, str) and named != FORMAT and named in readers:
-        return readers.get(named)(place, handle)
-    return WeightPatch.load(place)
+def load_saved(folder: str | Path) -> WeightPatch | MemoryPatch:
+    """Reads a patch that KnowLab saved; no model is needed.
+
+    Raises:
+        PatchFormatError: The folder is incomplete, damaged, or of another format.
+    """
+    if read_card(folder).get("format") == MEMORY_FORMAT:
+        return MemoryPatch.load(folder)
+    return WeightPatch.load(folder)

@@ -96,6 +96,7 @@ class Replay:
         wanted: Sequence[Sequence[int]],
         queries: Sequence[int] | None = None,
     ) -> None:
+        handle.stack.refuse_memories("a replay (value search, edits)")
         taps = (tap,) if isinstance(tap, Site) else tuple(tap)
         _check(rows, change, taps, wanted, queries)
         self._handle = handle

@@ -128,6 +128,7 @@ class _Corrupted:
     """Corrupted rows of cases of one length, run once: scores, keys and values, and what enters each block."""
 
     def __init__(self, handle: ModelHandle, cases: Sequence[Case], draws: Tensor) -> None:
+        handle.stack.refuse_memories("causal tracing")
         self.handle, self.cases, self.samples = handle, cases, draws.shape[1]
         device = handle.device
         ids = torch.tensor([case.ids for case in cases], device=device)

@@ -164,16 +164,20 @@ def score_targets(
 
     Args:
         handle: The model to ask.
-        pairs: Prompt and target; the space between them follows ``tokens.join_target``.
+        pairs: Prompt and target; the space between them follows ``tokens.join_target``. Prompts go through
+            ``handle.rewrite``.
         batch_size: Rows in one forward pass.
 
     Raises:
         EmptyTargetError: A target has no tokens.
     """
-    rows: list[tuple[list[int], list[int]]] = [
-        join_target(handle.tokenizer, prompt, target) for prompt, target in pairs
-    ]
-    return score_token_targets(handle, rows, batch_size=batch_size)
+    with handle.reading():
+        prompts = handle.rewrite([prompt for prompt, _ in pairs])
+        rows: list[tuple[list[int], list[int]]] = [
+            join_target(handle.tokenizer, prompt, target)
+            for prompt, (_, target) in zip(prompts, pairs, strict=True)
+        ]
+        return score_token_targets(handle, rows, batch_size=batch_size)
 
 
 @torch.no_grad()
@@ -206,7 +210,10 @@ def score_token_targets(
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             batch = pad_rows(
-                [[*rows[i][0], *rows[i][1][:-1]] for i in chunk], handle.pad_id, device=handle.device
+                [[*rows[i][0], *rows[i][1][:-1]] for i in chunk],
+                handle.pad_id,
+                device=handle.device,
+                prompts=[len(rows[i][0]) for i in chunk],
             )
             firsts = [len(rows[i][0]) - 1 for i in chunk]
             # Everything left of the shortest prompt's end is context for all rows: its logits are never made.

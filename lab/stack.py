@@ -6,8 +6,8 @@ Undo never subtracts: the pristine bits come back and the patches that remain ar
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from lab.errors import BaseMismatchError, ConfigError, MissingParentsError, NumericalError, PatchError
+from lab.routing import Routing
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
+    from lab.memory import Memory, MemoryPatch
     from lab.patch import Delta, WeightPatch
 
-Mode = Literal["merge", "sidecar"]
+Mode = Literal["merge", "sidecar", "memory"]
+Rewrite = Callable[[Sequence[str]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class Applied:
 
     Attributes:
         patch: The patch.
-        mode: ``"merge"`` (added to the weight) or ``"sidecar"`` (added beside it in the forward pass).
+        mode: ``"merge"`` (added to the weight), ``"sidecar"`` (added beside it in the forward pass), or ``"memory"``.
     """
 
-    patch: WeightPatch
+    patch: WeightPatch | MemoryPatch
     mode: Mode
     _stack: PatchStack = field(repr=False)
+    _deltas: Mapping[str, Delta] = field(default_factory=dict, repr=False)
+    _memory: Memory | None = field(default=None, repr=False)
     _hooks: list[Any] = field(default_factory=list, repr=False)
 
     def undo(self) -> UndoReport:
@@ -58,10 +63,21 @@ class Applied:
 
 
 class PatchStack:
-    """The patches applied to one handle, oldest first."""
+    """The patches applied to one handle, oldest first.
+
+    Memories of one kind answer as one, so each change to the stack attaches what remains of them anew, after all sidecars.
+
+    Attributes:
+        routing: Tells memories where the prompts of a forward pass end.
+    """
 
     def __init__(self, handle: ModelHandle) -> None:
         self._handle = handle
+        self.routing = Routing()
+        self._memories: tuple[Memory, ...] = ()
+        self._rewrites: tuple[Rewrite, ...] = ()
+        self._aside: tuple[str, Hashable] | None = None
+        self._attached = ExitStack()
         self._entries: list[Applied] = []
         self._pristine: dict[str, Tensor] = {}
         self._written: dict[str, str] = {}
@@ -83,6 +99,42 @@ class PatchStack:
         """The unpatched bits of a parameter."""
         return self._pristine.get(name, parameter.detach())
 
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        """The memories in force, joined by kind and group."""
+        return self._memories
+
+    def rewrite(self, prompts: Sequence[str]) -> list[str]:
+        """See ``ModelHandle.rewrite``."""
+        found = list(prompts)
+        for change in self._rewrites:
+            found = change(found)
+        return found
+
+    def refuse_memories(self, what: str) -> None:
+        """Raises ``PatchError`` where an applied memory acts inside the forward pass, which ``what`` takes apart."""
+        for memory in self._memories:
+            if memory.changes == "model":
+                raise PatchError(
+                    f"{what} runs parts of the model and cannot do so under a {memory.kind!r} memory; undo the memory "
+                    "patch, compute, and apply it again"
+                )
+
+    @contextmanager
+    def aside(self, kind: str, group: Hashable) -> Iterator[None]:
+        """Everything applied but the memories of one kind and group, for the length of a ``with``.
+
+        What is added to a memory is computed where the memory itself does not answer. Holds the write lock.
+        """
+        with self._handle.writing():
+            try:
+                self._aside = (kind, group)
+                self._attach_memories()
+                yield
+            finally:
+                self._aside = None
+                self._attach_memories()
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """The pristine model for the length of a ``with``; then everything applied is back, bit for bit.
@@ -101,6 +153,7 @@ class PatchStack:
                     for hook in entry._hooks:
                         hook.remove()
                     entry._hooks.clear()
+                self._attach_memories()
                 with torch.no_grad():
                     for parameter, bits in touched:
                         parameter.copy_(bits)
@@ -111,11 +164,8 @@ class PatchStack:
                     for (parameter, _), bits in zip(touched, patched, strict=True):
                         parameter.copy_(bits)
                 for entry in entries:
-                    if entry.mode == "sidecar":
-                        entry._hooks.extend(
-                            _add_sidecar(self._handle, name, delta)
-                            for name, delta in entry.patch.deltas.items()
-                        )
+                    self._hook(entry)
+                self._attach_memories()
 
     def apply(self, patch: WeightPatch, mode: Mode, allow_missing_parents: bool) -> Applied:
         """Applies a patch; on any error the model is as before.
@@ -128,33 +178,71 @@ class PatchStack:
         """
         if mode not in ("merge", "sidecar"):
             raise ConfigError(f"unknown mode {mode!r}; use 'merge' or 'sidecar'")
-        handle = self._handle
-        with handle.writing():
-            if patch.base != handle.fingerprint:
-                raise BaseMismatchError(
-                    f"the patch was made for base {patch.base[:12]}, {handle.name!r} is {handle.fingerprint[:12]}; "
-                    "apply it to the model it was computed on"
-                )
-            present = {entry.patch.id for entry in self._entries}
-            missing = [parent for parent in patch.parents if parent not in present]
-            if missing and not allow_missing_parents:
-                raise MissingParentsError(
-                    f"the patch was computed on top of {', '.join(parent[:12] for parent in missing)}, not applied now; "
-                    "apply the parents first, or pass allow_missing_parents=True"
-                )
+        with self._handle.writing():
+            self._check_belongs(patch, allow_missing_parents)
             self._check_shapes(patch)
-            entry = Applied(patch, mode, self)
-            self._entries.append(entry)
-            try:
-                self._rebuild(patch)
-                if mode == "sidecar":
-                    entry._hooks.extend(
-                        _add_sidecar(handle, name, delta) for name, delta in patch.deltas.items()
-                    )
-            except BaseException:
-                self._remove(entry)
-                raise
-            return entry
+            return self._enter(Applied(patch, mode, self, patch.deltas))
+
+    def remember(self, patch: MemoryPatch, allow_missing_parents: bool) -> Applied:
+        """Applies a memory patch; on any error the model is as before.
+
+        Raises:
+            BaseMismatchError: The patch was made for another base.
+            MissingParentsError: Its parents are not applied.
+        """
+        with self._handle.writing():
+            self._check_belongs(patch, allow_missing_parents)
+            return self._enter(Applied(patch, "memory", self, _memory=patch.memory))
+
+    def _check_belongs(self, patch: WeightPatch | MemoryPatch, allow_missing_parents: bool) -> None:
+        handle = self._handle
+        if patch.base != handle.fingerprint:
+            raise BaseMismatchError(
+                f"the patch was made for base {patch.base[:12]}, {handle.name!r} is {handle.fingerprint[:12]}; "
+                "apply it to the model it was computed on"
+            )
+        present = {entry.patch.id for entry in self._entries}
+        missing = [parent for parent in patch.parents if parent not in present]
+        if missing and not allow_missing_parents:
+            raise MissingParentsError(
+                f"the patch was computed on top of {', '.join(parent[:12] for parent in missing)}, not applied now; "
+                "apply the parents first, or pass allow_missing_parents=True"
+            )
+
+    def _enter(self, entry: Applied) -> Applied:
+        self._entries.append(entry)
+        try:
+            self._rebuild(entry)
+            self._hook(entry)
+            self._attach_memories()
+        except BaseException:
+            self._remove(entry)
+            raise
+        return entry
+
+    def _hook(self, entry: Applied) -> None:
+        if entry.mode == "sidecar":
+            entry._hooks.extend(
+                _add_sidecar(self._handle, name, delta) for name, delta in entry._deltas.items()
+            )
+
+    def _attach_memories(self) -> None:
+        """Puts the memories of all entries in force, in place of those that were."""
+        self._attached.close()
+        self._memories, self._rewrites = (), ()
+        joined: dict[Any, Memory] = {}
+        for entry in self._entries:
+            if (memory := entry._memory) is not None:
+                key = (memory.kind, memory.group)
+                joined[key] = joined[key].join(memory) if key in joined else memory
+        found = tuple(memory for key, memory in joined.items() if key != self._aside)
+        with ExitStack() as attached:
+            if any(memory.changes == "model" for memory in found):
+                attached.enter_context(self.routing.watching(self._handle.model))
+            rewrites = [attached.enter_context(memory.active(self._handle, self.routing)) for memory in found]
+            self._attached = attached.pop_all()
+        self._memories = found
+        self._rewrites = tuple(change for change in rewrites if change is not None)
 
     def undo(self, entry: Applied) -> UndoReport:
         """Takes one entry off and replays the rest; see ``Applied.undo``."""
@@ -176,7 +264,8 @@ class PatchStack:
         for hook in entry._hooks:
             hook.remove()
         entry._hooks.clear()
-        self._rebuild(entry.patch)
+        self._rebuild(entry)
+        self._attach_memories()
 
     def _check_shapes(self, patch: WeightPatch) -> None:
         for name, delta in patch.deltas.items():
@@ -187,18 +276,16 @@ class PatchStack:
                     f"the delta of {name!r} has shape {tuple(delta.shape)}, the weight has {expected}"
                 )
 
-    def _rebuild(self, patch: WeightPatch) -> None:
-        """Writes pristine bits plus the merged deltas, in order, into every tensor that ``patch`` touches."""
-        if not patch.deltas:
-            return
-        for name in patch.deltas:
+    def _rebuild(self, changed: Applied) -> None:
+        """Writes pristine bits plus the merged deltas, in order, into every tensor that the changed entry touches."""
+        for name in changed._deltas:
             weight = self._handle.named_weight(name)
             key = self._canonical_name(weight.parameter, name)
             merged = [
                 delta
                 for entry in self._entries
                 if entry.mode == "merge"
-                for other, delta in entry.patch.deltas.items()
+                for other, delta in entry._deltas.items()
                 if other == name or self._handle.named_weight(other).parameter is weight.parameter
             ]
             if not merged and key not in self._pristine:

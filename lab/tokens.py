@@ -23,11 +23,14 @@ class Batch:
         input_ids: ``[batch, pos]`` int64.
         attention_mask: ``[batch, pos]`` int64, 1 on real tokens.
         position_ids: ``[batch, pos]`` int64, counted from 0 over real tokens.
+        prompt_last: ``[batch]`` int64, column of each row's last prompt token where a continuation follows it in the same
+            row; ``None`` where rows are prompts as a whole. Only memory patches look at it: they decide there.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
+    prompt_last: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -47,7 +50,12 @@ class Batch:
 
 
 def pad_rows(
-    rows: Sequence[Sequence[int]], pad_id: int, side: Side = "right", device: torch.device | str = "cpu"
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    side: Side = "right",
+    device: torch.device | str = "cpu",
+    *,
+    prompts: Sequence[int] | None = None,
 ) -> Batch:
     """Pads token rows to one length.
 
@@ -56,6 +64,7 @@ def pad_rows(
         pad_id: Fills the rest; masked, so its value does not matter.
         side: Where the padding goes.
         device: Where the batch lives.
+        prompts: How many tokens of each row are its prompt, where a continuation follows.
     """
     if not rows or not all(len(row) for row in rows):
         raise ValueError("pad_rows needs at least one row and at least one token in each")
@@ -67,7 +76,16 @@ def pad_rows(
         ids[index, where] = torch.tensor(list(row), dtype=torch.long)
         mask[index, where] = 1
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    return Batch(ids.to(device), mask.to(device), positions.to(device))
+    last = None
+    if prompts is not None:
+        starts = [0 if side == "right" else width - len(row) for row in rows]
+        last = torch.tensor([start + length - 1 for start, length in zip(starts, prompts, strict=True)])
+    return Batch(
+        ids.to(device),
+        mask.to(device),
+        positions.to(device),
+        None if last is None else last.to(device),
+    )
 
 
 def encode_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:

@@ -81,7 +81,10 @@ class Recording:
             Logits ``[batch, pos, vocabulary]``, or ``None`` where the pass was cut at the stop site.
         """
         arguments = {"use_cache": False, **self.handle.inputs(batch), **extra}
-        with torch.set_grad_enabled(not self.detach):
+        with (
+            torch.set_grad_enabled(not self.detach),
+            self.handle.stack.routing.prompts(batch.prompt_last),
+        ):
             return self.call(
                 lambda: self.handle.model(**arguments).logits,
                 (batch.input_ids.shape[0], batch.input_ids.shape[1]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -68,3 +69,20 @@ class ScriptedRespondent:
                 ratings = tuple(self._rate(probe.prompt, target) for target in probe.targets)
                 found.append(Observation(probe.id, ratings=ratings))
         return found
+
+
+class WordEmbedder:
+    """Stands in for ``lab.embeddings.Embedder``: texts that share words are near, and nothing is loaded."""
+
+    width = 64
+
+    def __init__(self, name: str = "words", **_options: object) -> None:
+        self.name = str(name)
+
+    def encode(self, texts: Sequence[str], **_options: object) -> np.ndarray:
+        """``[text, width]`` fp32, unit vectors."""
+        found = np.zeros((len(texts), self.width), dtype=np.float32)
+        for row, text in enumerate(texts):
+            for word in text.casefold().replace(".", " ").split():
+                found[row, zlib.crc32(word.encode()) % self.width] += 1.0
+        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)

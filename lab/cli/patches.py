@@ -14,6 +14,7 @@ from lab.errors import ConfigError, PatchError
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
+    from lab.memory import MemoryPatch
     from lab.patch import WeightPatch
 
 app = typer.Typer()
@@ -53,12 +54,9 @@ def show(
     Example: `knowlab patch show edits/rome`
     """
     from lab.patch import WeightPatch
+    from lab.patch_io import load_saved
 
-    patch = WeightPatch.load(folder)
-    rows = [
-        (name, delta.rank, str(tuple(delta.shape)), norm)
-        for (name, delta), norm in zip(patch.deltas.items(), patch.norms().values(), strict=True)
-    ]
+    patch = load_saved(folder)
     out = console(json)
     note = patch.provenance
     facts = [
@@ -76,16 +74,26 @@ def show(
             [(key, str(value) if value is not None else None) for key, value in facts],
         )
     )
-    out.print(table("Deltas", ("parameter", "rank", "shape", "norm"), rows))
+    if isinstance(patch, WeightPatch):
+        norms = patch.norms()
+        parts = [
+            {"name": name, "rank": delta.rank, "shape": delta.shape, "norm": norms[name]}
+            for name, delta in patch.deltas.items()
+        ]
+        rows = [(part["name"], part["rank"], str(part["shape"]), part["norm"]) for part in parts]
+        out.print(table("Deltas", ("parameter", "rank", "shape", "norm"), rows))
+        held: dict[str, Any] = {"rank": patch.rank, "deltas": parts}
+    else:
+        memory = patch.memory
+        shapes = {name: tuple(tensor.shape) for name, tensor in memory.tensors().items()}
+        rows = [(name, str(shape)) for name, shape in shapes.items()]
+        out.print(table(f"Memory: {memory.kind}", ("tensor", "shape"), rows))
+        held = {"kind": memory.kind, "tensors": shapes, "settings": memory.settings()}
     content = {
         "id": patch.id,
         "base": patch.base,
         "parents": patch.parents,
-        "rank": patch.rank,
-        "deltas": [
-            {"name": name, "rank": rank, "shape": patch.deltas[name].shape, "norm": norm}
-            for name, rank, _, norm in rows
-        ],
+        **held,
         "provenance": note.to_json(),
     }
     write_json(json, "patch show", note.seed, content)
@@ -106,11 +114,18 @@ def verify(
 
     Example: `knowlab patch verify edits/rome --model atlas`
     """
+    from lab.patch import WeightPatch
+
     handle, change = _open(folder, model, patch, device, dtype)
     state, bits = handle.state, handle.weights_digest()
     with change.applied(handle):
         changed = handle.weights_digest() != bits
-    checks = {"intact": True, "base": True, "changes_weights": changed}
+    checks = {"intact": True, "base": True}
+    # A memory stands beside the weights and must leave them alone; a weight patch that changes none is an empty one.
+    if isinstance(change, WeightPatch):
+        checks["changes_weights"] = changed
+    else:
+        checks["leaves_weights"] = not changed
     checks["undo.bit_identical"] = handle.weights_digest() == bits and handle.state == state
     console(json).print(table(f"{folder} on {model}", ("check", "holds"), list(checks.items())))
     content = {
@@ -191,8 +206,11 @@ def export(
         _write_merged("patch export", [folder], out, model, device, dtype, force, json)
         return
     from lab.files import write_folder
+    from lab.patch import WeightPatch
 
     handle, change = _open(folder, model, None, device, dtype)
+    if not isinstance(change, WeightPatch):
+        raise PatchError(f"{folder} is a {type(change).__name__}; this command needs a patch of weights")
     errors: dict[str, float] = {}
     write_folder(
         out,
@@ -206,15 +224,16 @@ def export(
 
 def _open(
     folder: Path, model: str, patches: list[Path] | None, device: str, dtype: str
-) -> tuple[ModelHandle, WeightPatch]:
+) -> tuple[ModelHandle, WeightPatch | MemoryPatch]:
     from lab.cli.session import open_model
+    from lab.memory import MemoryPatch
     from lab.patch import WeightPatch
     from lab.patch_io import read_patch
 
     handle = open_model(model, patches, device=device, dtype=dtype)
-    change: Any = read_patch(folder, handle)
-    if not isinstance(change, WeightPatch):
-        raise PatchError(f"{folder} is a {type(change).__name__}; this command needs a patch of weights")
+    change = read_patch(folder, handle)
+    if not isinstance(change, (WeightPatch, MemoryPatch)):
+        raise PatchError(f"{folder} is a {type(change).__name__}; this command needs a patch of our own")
     return handle, change
 
 

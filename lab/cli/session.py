@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lab.errors import ConfigError
 
@@ -27,6 +27,7 @@ def open_model(
     import torch
 
     from lab.handle import ModelHandle
+    from lab.patch import WeightPatch
     from lab.patch_io import read_patch
 
     try:
@@ -39,8 +40,11 @@ def open_model(
     handle = ModelHandle.load(name, dtype=dtype, device=place)
     narrow = handle.dtype in (torch.float16, torch.bfloat16)
     for folder in patches or ():
-        patch: Any = read_patch(folder, handle)
-        patch.apply(handle, "sidecar" if narrow and hasattr(patch, "deltas") else "merge")
+        patch = read_patch(folder, handle)
+        if isinstance(patch, WeightPatch):
+            patch.apply(handle, "sidecar" if narrow else "merge")
+        else:
+            patch.apply(handle)
     return handle
 
 

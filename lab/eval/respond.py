@@ -51,7 +51,9 @@ class ModelRespondent:
         keys = dict.fromkeys(
             (p.prompt, t, p.distribution) for p in probes if p.task == "score" for t in p.targets
         )
-        rows = [(key, *join_target(self.handle.tokenizer, key[0], key[1])) for key in keys]
+        asked = list(dict.fromkeys(prompt for prompt, _, _ in keys))
+        fed = dict(zip(asked, self.handle.rewrite(asked), strict=True))
+        rows = [(key, *join_target(self.handle.tokenizer, fed[key[0]], key[1])) for key in keys]
         rows = [(key, head or [self._start()], tail) for key, head, tail in rows]
         rows.sort(key=lambda row: (len(row[1]) + len(row[2]), row[0]))
         found: dict[tuple[str, str, bool], Rating] = {}
@@ -62,6 +64,7 @@ class ModelRespondent:
                 [[*head, *tail[:-1]] for _, head, tail in chunk],
                 self.handle.pad_id,
                 device=self.handle.device,
+                prompts=[len(head) for _, head, _ in chunk],
             )
             low = min(len(head) for _, head, _ in chunk) - 1
             keep = torch.arange(low, batch.input_ids.shape[1], device=self.handle.device)

@@ -8,12 +8,16 @@ import torch
 
 from editors import EDITORS, get_editor
 from editors.base import EditorOptions, settle
+from editors.finetune import FinetuneConfig
+from editors.lora import LoraEditConfig
 from editors.memit import PREFIX_LENGTHS, MemitConfig
+from editors.mend import MendConfig
 from editors.prefixes import PrefixCache, Prefixes, generate_prefixes
 from editors.presets import find_preset, preset_names, read_table
 from editors.rome import RomeConfig
 from editors.rows import essence_row, request_rows
 from editors.sadr import AttentionDrift
+from editors.serac_learners import SeracConfig
 from editors.values import ValueConfig
 from lab.errors import ConfigError, SubjectNotFoundError, UnknownNameError
 from lab.records import EditRequest
@@ -67,7 +71,7 @@ def test_a_model_names_its_own_preset_and_the_caller_overrules_it():
     with pytest.raises(ConfigError, match="only 4"):
         find_preset(shape_of("llama", 64, 4, 400), "rome", "gpt2-xl")
     with pytest.raises(ConfigError, match="no values"):
-        find_preset(own, "mend")
+        find_preset(own, "unheard_of")
 
 
 def test_every_row_is_complete_and_has_a_source():
@@ -76,11 +80,23 @@ def test_every_row_is_complete_and_has_a_source():
         section: set(config.__dataclass_fields__) | set(ValueConfig.__dataclass_fields__)
         for section, config in (("rome", RomeConfig), ("memit", MemitConfig))
     }
+    trained = {
+        **dict.fromkeys(("ft_l", "ft_l_inf", "ft_m"), FinetuneConfig),
+        "lora": LoraEditConfig,
+        "mend": MendConfig,
+        "serac": SeracConfig,
+    }
     for row in table["preset"]:
         assert row["source"]
         for section, names in known.items():
             assert set(row[section]) <= names
             assert row[section]["layers"] == sorted(row[section]["layers"])
+        for section, config in trained.items():
+            values = {**table["common"][section], **row.get(section, {})}
+            assert values.pop("source")
+            assert set(values) <= set(config.__dataclass_fields__)
+        for section in ("ft_l", "ft_l_inf", "ft_m"):
+            assert len(row[section]["layers"]) == 1
     assert {row["preset"] for row in table["fallback"]} <= set(preset_names())
     assert "*" in table["fallback"][-1]["model_type"]
     assert table["sadr"]["source"]
