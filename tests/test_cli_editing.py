@@ -78,6 +78,41 @@ class TestEdit:
         assert document["after"]["p_target"] > document["before"]["p_target"]
         assert document["undo"]["bit_identical"]
 
+    @pytest.mark.parametrize(
+        ("editor", "kind", "settings"),
+        [
+            ("grace", "grace", ["--set", "steps=20", "--set", "layers=[1]"]),
+            (
+                "wise",
+                "wise",
+                ["--set", "steps=10", "--set", "layers=[1]", "--set", "prefix_lengths=[[2, 1]]"],
+            ),
+            ("ice", "in_context", []),
+        ],
+    )
+    def test_memories_are_made_asked_shown_and_verified(
+        self, editor, kind, settings, capsys, tmp_path, standin
+    ):
+        out = tmp_path / "patch"
+        document = result(capsys, tmp_path, "edit", *ONE_EDIT, "--editor", editor, *settings, "--out", out)
+        assert document["before"]["completion"] == "Paris"
+        assert document["before"]["p_target"] != document["after"]["p_target"]
+        assert document["undo"]["bit_identical"] is True
+        assert document["patch"] == {"path": str(out), "id": document["patch"]["id"], "kind": kind}
+        asked = result(capsys, tmp_path, "ask", "The capital of France is", "--patch", out)
+        assert asked["completion"].startswith(document["after"]["completion"])
+        assert asked["patches"] == [{"id": document["patch"]["id"], "method": editor}]
+        shown = result(capsys, tmp_path, "patch", "show", out)
+        assert (shown["id"], shown["kind"]) == (document["patch"]["id"], kind)
+        assert shown["provenance"]["requests"][0]["subject"] == "France"
+        proof = result(capsys, tmp_path, "patch", "verify", out)
+        assert (proof["ok"], proof["changes_weights"]) == (True, False)
+        assert proof["undo"]["bit_identical"] is True
+        for words in (["export", out], ["merge", out]):
+            code, _, err = call(capsys, "patch", *words, "--out", tmp_path / "other")
+            assert code == 1
+            assert "weights" in err
+
     def test_settings_reach_the_method(self, capsys, tmp_path, standin):
         out = tmp_path / "patch"
         result(

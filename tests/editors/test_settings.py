@@ -10,6 +10,7 @@ from editors import EDITORS, get_editor
 from editors.base import EditorOptions, settle
 from editors.finetune import FinetuneConfig
 from editors.lora import LoraEditConfig
+from editors.grace import GraceConfig
 from editors.memit import PREFIX_LENGTHS, MemitConfig
 from editors.mend import MendConfig
 from editors.prefixes import PrefixCache, Prefixes, generate_prefixes
@@ -19,6 +20,7 @@ from editors.rows import essence_row, request_rows
 from editors.sadr import AttentionDrift
 from editors.serac_learners import SeracConfig
 from editors.values import ValueConfig
+from editors.wise import WiseConfig
 from lab.errors import ConfigError, SubjectNotFoundError, UnknownNameError
 from lab.records import EditRequest
 from tests.tiny import tiny_handle
@@ -62,6 +64,13 @@ def test_an_unknown_model_takes_scaled_layers_and_says_so():
     assert find_preset(shape_of("gemma2", 64, 1, 400), "memit").values["layers"] == (0,)
 
 
+def test_sections_may_name_a_source_of_their_own():
+    shape = shape_of("llama", 4096, 32, 32000)
+    assert "hparams/WISE" in find_preset(shape, "wise").source
+    assert "MEMIT" in find_preset(shape, "rome").source
+    assert "source" not in find_preset(shape, "wise").values
+
+
 def test_a_model_names_its_own_preset_and_the_caller_overrules_it():
     own = shape_of("llama", 64, 48, 400, knowlab_preset="gpt2-xl")
     assert find_preset(own, "rome").chosen == "config"
@@ -86,16 +95,23 @@ def test_every_row_is_complete_and_has_a_source():
         "mend": MendConfig,
         "serac": SeracConfig,
     }
+    memories = {
+        section: {"source", *config.__dataclass_fields__}
+        for section, config in (("grace", GraceConfig), ("wise", WiseConfig))
+    }
     for row in table["preset"]:
         assert row["source"]
         for section, names in known.items():
             assert set(row[section]) <= names
             assert row[section]["layers"] == sorted(row[section]["layers"])
+        for section, names in memories.items():
+            assert set(row[section]) <= names
+            assert row[section]["source"]
         for section, config in trained.items():
             values = {**table["common"][section], **row.get(section, {})}
             assert values.pop("source")
             assert set(values) <= set(config.__dataclass_fields__)
-        for section in ("ft_l", "ft_l_inf", "ft_m"):
+        for section in ("ft_l", "ft_l_inf", "ft_m", "grace", "wise"):
             assert len(row[section]["layers"]) == 1
     assert {row["preset"] for row in table["fallback"]} <= set(preset_names())
     assert "*" in table["fallback"][-1]["model_type"]
