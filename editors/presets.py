@@ -45,7 +45,7 @@ def find_preset(handle: ModelHandle, section: str, name: str | None = None) -> P
 
     Args:
         handle: The model.
-        section: The method's section (``"rome"``, ``"memit"``).
+        section: The method's section (``"rome"``, ``"memit"``); its own ``source`` counts where it has one.
         name: A row by name; otherwise the row that the model's config names, the one of its type and shape, or the
             fallback of its type.
 
@@ -95,16 +95,22 @@ def _preset(
     if section not in row:
         raise ConfigError(f"preset {row['name']!r} has no values for {section!r}")
     values = dict(row[section])
-    values["layers"] = place(tuple(values["layers"]), row["name"])
+    source = str(values.pop("source", row["source"]))
+    for key, layers in values.items():
+        if key == "layers" or key.endswith("_layers"):
+            values[key] = place(tuple(layers), row["name"])
     common = table["sadr"]
     own = row.get("sadr", {}).get(section)
-    penalty = {**(own or common.get(section, {})), "source": row["source"] if own else common["source"]}
-    return Preset(str(row["name"]), str(row["source"]), chosen, values, penalty)
+    penalty = {
+        "source": row["source"] if own else common["source"],
+        **(own or common.get(section, {})),
+    }
+    return Preset(str(row["name"]), source, chosen, values, penalty)
 
 
 def _layers_as_written(handle: ModelHandle) -> Any:
     def place(layers: tuple[int, ...], name: str) -> tuple[int, ...]:
-        if max(layers) >= handle.n_layers:
+        if max(layers, default=0) >= handle.n_layers:
             raise ConfigError(
                 f"preset {name!r} edits layers {list(layers)}, but {handle.name!r} has only {handle.n_layers}; "
                 "give layers=... or leave the preset out"

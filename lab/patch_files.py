@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lab.errors import PatchError, PatchFormatError
 from lab.files import write_folder
-from lab.patch import Delta, Dense, LowRank, Provenance, WeightPatch
+from lab.patch import Carry, Delta, Dense, LowRank, Provenance, WeightPatch
 
 FORMAT = "knowlab-patch"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of patches that carry something for later edits; the others are written as version 1, which older readers know."""
 WEIGHTS_FILE = "patch.safetensors"
 CARD_FILE = "patch.json"
 
@@ -28,12 +29,14 @@ def save_patch(patch: WeightPatch, folder: str | Path, *, overwrite: bool = Fals
         for name, delta in patch.deltas.items()
         for part, value in delta.tensors().items()
     }
+    for place, each in enumerate(patch.carry):
+        tensors |= {f"carry/{place}/{name}": value for name, value in each.tensors.items()}
 
     def fill(fresh: Path) -> None:
         save_file(tensors, fresh / WEIGHTS_FILE)
         card = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if patch.carry else 1,
             "id": patch.id,
             "base": patch.base,
             "parents": list(patch.parents),
@@ -43,6 +46,7 @@ def save_patch(patch: WeightPatch, folder: str | Path, *, overwrite: bool = Fals
                 name: {"kind": _kind(delta), "shape": list(delta.shape)}
                 for name, delta in patch.deltas.items()
             },
+            **({"carry": [_carry_card(each) for each in patch.carry]} if patch.carry else {}),
             "provenance": patch.provenance.to_json(),
             "sha256": hashlib.sha256((fresh / WEIGHTS_FILE).read_bytes()).hexdigest(),
         }
@@ -71,12 +75,16 @@ def load_patch(folder: str | Path) -> WeightPatch:
             deltas=deltas,
             provenance=Provenance(**{**provenance, "requests": tuple(provenance.get("requests", ()))}),
             parents=tuple(card["parents"]),
+            carry=tuple(
+                Carry(entry["kind"], {name: tensors[f"carry/{place}/{name}"] for name in entry["tensors"]})
+                for place, entry in enumerate(card.get("carry", ()))
+            ),
         )
     except (KeyError, TypeError, AttributeError, SafetensorError, PatchError) as error:
         raise PatchFormatError(f"{place} is not a readable patch: {error}") from error
     if patch.id != card.get("id"):
         raise PatchFormatError(
-            f"{place}: base, parents or deltas were changed after saving (the id does not match)"
+            f"{place}: base, parents, deltas or what is carried were changed after saving (the id does not match)"
         )
     return patch
 
@@ -96,11 +104,18 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         raise PatchFormatError(f"{file} is not JSON: {error}") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise PatchFormatError(f"{file} does not describe a weight patch")
-    if card.get("format_version") != FORMAT_VERSION:
+    if card.get("format_version") not in range(1, FORMAT_VERSION + 1):
         raise PatchFormatError(
-            f"{file} has format version {card.get('format_version')}, this KnowLab reads {FORMAT_VERSION}"
+            f"{file} has format version {card.get('format_version')}, this KnowLab reads up to {FORMAT_VERSION}"
         )
     return card
+
+
+def _carry_card(carry: Carry) -> dict[str, Any]:
+    return {
+        "kind": carry.kind,
+        "tensors": {name: list(tensor.shape) for name, tensor in carry.tensors.items()},
+    }
 
 
 def _kind(delta: Delta) -> str:

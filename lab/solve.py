@@ -123,6 +123,48 @@ def emmet_factors(factor: Factor, keys: Tensor, residuals: Tensor, mu: float = 0
     return _thin_update(factor, keys, residuals, mu)
 
 
+def null_space_factors(
+    projector: Projector, keys: Tensor, residuals: Tensor, past: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """AlphaEdit's update ``Δᵀ = [P (K Kᵀ + K_p K_pᵀ) + ridge I]⁻¹ P K Rᵀ`` as two thin matrices.
+
+    The solution lies in the range of ``P``. With ``Y = P [K_p, K]`` and ``G = Yᵀ Y + ridge I`` it is
+    ``Δ = R (last B rows of G⁻¹ Yᵀ)``: a system over the edits so far instead of over the width of the keys.
+
+    Args:
+        projector: ``P``.
+        keys: ``K``, ``[in, B]``.
+        residuals: ``R``, ``[out, B]``.
+        past: ``K_p``, ``[in, n]``, keys of earlier edits; ``[in, 0]`` where there are none.
+        ridge: λ₂, positive.
+
+    Returns:
+        ``left [out, B]`` and ``right [B, in]``, fp64, with ``Δ = left @ right``.
+
+    Raises:
+        ConfigError: ``ridge`` is not positive, or shapes do not fit.
+        NumericalError: The system cannot be factored (keys not finite).
+    """
+    if not ridge > 0:
+        raise ConfigError(f"the ridge of the null-space update must be positive, it is {ridge}")
+    if keys.dim() != 2 or past.dim() != 2 or past.shape[0] != keys.shape[0]:
+        raise ConfigError(
+            f"keys {tuple(keys.shape)} and past keys {tuple(past.shape)} must both be [in, edits]"
+        )
+    if residuals.dim() != 2 or residuals.shape[1] != keys.shape[1]:
+        raise ConfigError(f"{keys.shape[1]} keys need as many residuals, not {tuple(residuals.shape)}")
+    kept = projector.apply(torch.cat([_fp64(past), _fp64(keys)], dim=1))
+    gram = kept.T @ kept
+    identity = torch.eye(gram.shape[0], dtype=torch.float64)
+    lower, info = torch.linalg.cholesky_ex((gram + gram.T) / 2 + ridge * identity)
+    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+        raise NumericalError(
+            "the system over the edits cannot be factored; keys are not finite or the ridge is too small"
+        )
+    chosen = torch.cholesky_solve(identity[:, past.shape[1] :], lower)
+    return _fp64(residuals), (kept @ chosen).T
+
+
 def woodbury_update(factor: Factor, keys: Tensor, residuals: Tensor) -> LowRank:
     """``woodbury_factors`` as a delta of a patch (fp32)."""
     left, right = woodbury_factors(factor, keys, residuals)
