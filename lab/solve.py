@@ -16,6 +16,8 @@ from lab.patch import LowRank
 
 _FIRST_RIDGE = 1e-10
 _LAST_RIDGE = 1e-2
+# Squared relative distance below which two keys of a model in fp32 are one: what is between them is rounding.
+_SAME_KEY = (32 * torch.finfo(torch.float32).eps) ** 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,8 @@ def woodbury_factors(factor: Factor, keys: Tensor, residuals: Tensor) -> tuple[T
 def emmet_factors(factor: Factor, keys: Tensor, residuals: Tensor, mu: float = 0.1) -> tuple[Tensor, Tensor]:
     """EMMET's equality-constrained update ``Δ = R (Kᵀ A⁻¹ K + μ I)⁻¹ Kᵀ A⁻¹``; shapes as in ``woodbury_factors``.
 
-    With ``mu = 0`` the update maps every key onto its residual exactly; two equal keys then make it singular.
+    With ``mu = 0`` the update maps every key onto its residual exactly; two keys that are equal as far as a model in fp32
+    can tell then make it singular.
 
     Raises:
         ConfigError: ``mu`` is negative.
@@ -120,7 +123,7 @@ def emmet_factors(factor: Factor, keys: Tensor, residuals: Tensor, mu: float = 0
     """
     if mu < 0:
         raise ConfigError(f"mu must not be negative, it is {mu}")
-    return _thin_update(factor, keys, residuals, mu)
+    return _thin_update(factor, keys, residuals, mu, _SAME_KEY)
 
 
 def null_space_factors(
@@ -171,7 +174,9 @@ def woodbury_update(factor: Factor, keys: Tensor, residuals: Tensor) -> LowRank:
     return LowRank(left.float(), right.float())
 
 
-def _thin_update(factor: Factor, keys: Tensor, residuals: Tensor, diagonal: float) -> tuple[Tensor, Tensor]:
+def _thin_update(
+    factor: Factor, keys: Tensor, residuals: Tensor, diagonal: float, floor: float = 0.0
+) -> tuple[Tensor, Tensor]:
     if keys.dim() != 2 or residuals.dim() != 2 or keys.shape[1] != residuals.shape[1]:
         raise ConfigError(
             f"keys {tuple(keys.shape)} and residuals {tuple(residuals.shape)} must both be [width, edits]"
@@ -181,7 +186,9 @@ def _thin_update(factor: Factor, keys: Tensor, residuals: Tensor, diagonal: floa
     gram = columns.T @ solved
     system = (gram + gram.T) / 2 + diagonal * torch.eye(gram.shape[0], dtype=torch.float64)
     lower, info = torch.linalg.cholesky_ex(system)
-    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+    pivots = lower.diagonal()
+    flat = int(info) == 0 and bool((pivots.min() / pivots.max()) ** 2 < floor)
+    if int(info) != 0 or flat or not bool(torch.isfinite(lower).all()):
         raise NumericalError(
             "the system over the edits is singular: two keys coincide (the same subject twice) or are not finite"
         )

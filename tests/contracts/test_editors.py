@@ -21,7 +21,10 @@ REQUESTS = [
     EditRequest("a", "The capital of {} is", "France", "Rome"),
     EditRequest("b", "{}'s wife is", "Barack Obama", "Marie Curie"),
 ]
-SPECS = [*(name for name in EDITORS.names()), "rome+sadr", "memit+sadr"]
+SPECS = [
+    *(name for name in EDITORS.names()),
+    *(f"{name}+sadr" for name in ("rome", "memit", "pmet", "emmet", "alphaedit")),
+]
 TEXTS = ["The guitar. {}", "Because of the piano, and. {}"]
 SETTINGS = {
     "layers": (1,),
@@ -50,8 +53,18 @@ def corpus(tmp_path_factory):
 
 
 def settings_of(spec):
-    # λ counts average keys; a handful of edits to a random model vanishes against the published ones.
-    return {**SETTINGS, **({"mom2_weight": 0.1} if spec.startswith("memit") else {})}
+    name = spec.split("+")[0]
+    if name == "ultraedit":
+        # The published rate is for widths of thousands.
+        return {"layers": (1,), "gate_layers": (), "up_layers": (), "lr": 3e-3}
+    own = {}
+    if name in ("memit", "pmet", "emmet"):
+        # λ counts average keys; a handful of edits to a random model vanishes against the published ones.
+        own = {"mom2_weight": 0.1}
+    if name == "alphaedit":
+        # No absolute threshold serves all families' random activations.
+        own = {"l2": 1e-3, "nullspace_threshold": 1.0, "threshold_mode": "relative"}
+    return {**SETTINGS, **own}
 
 
 def traces(handle):
@@ -83,7 +96,8 @@ def test_contract(family, spec, corpus, tmp_path):
     assert patch.base == handle.fingerprint
     assert patch.provenance.method == spec
     assert patch.provenance.requests == (REQUESTS[0].to_json(),)
-    assert patch.provenance.extra["prefixes"] == ["{}", *TEXTS]
+    contexts = ["{}", *TEXTS] if "prefixes" in settings_of(spec) else ["{}"]
+    assert patch.provenance.extra["prefixes"] == contexts
     assert patch.provenance.extra["preset"]["chosen"] == "fallback"
 
     pair = [(REQUESTS[0].text, REQUESTS[0].target_new)]
@@ -107,17 +121,17 @@ def test_model_is_left_alone_when_the_search_fails(family, spec, corpus):
     handle = tiny_handle(family)
     handle.model.get_parameter(f"{handle.arch.path(Role.FINAL_NORM)}.weight").data[0] = float("inf")
     bits, left = handle.weights_digest(), traces(handle)
-    with pytest.raises(NumericalError, match=r"'a'.*step 0"):
+    with pytest.raises(NumericalError, match=r"'a'.*(step 0|its target is nan)"):
         get_editor(spec, **settings_of(spec), **corpus).edit(handle, REQUESTS)
     assert handle.weights_digest() == bits
     assert traces(handle) == left
 
 
-@pytest.mark.parametrize("spec", ["rome_identity", "memit"])
+@pytest.mark.parametrize("spec", ["rome_identity", "memit", "pmet", "emmet", "alphaedit"])
 def test_model_is_left_alone_when_a_later_part_fails(spec, corpus, monkeypatch):
     """The first request's (or layer's) delta is in place when the second fails."""
     handle = tiny_handle("opt")
-    module = importlib.import_module(f"editors.{spec.split('_')[0]}")
+    module = importlib.import_module("editors.rome" if spec == "rome_identity" else "editors.spread")
     real, calls = module.read_keys, []
 
     def failing(*args):
@@ -128,7 +142,7 @@ def test_model_is_left_alone_when_a_later_part_fails(spec, corpus, monkeypatch):
 
     monkeypatch.setattr(module, "read_keys", failing)
     bits, left = handle.weights_digest(), traces(handle)
-    layers = (0, 1) if spec == "memit" else (1,)
+    layers = (1,) if spec == "rome_identity" else (0, 1)
     with pytest.raises(NumericalError, match="made to fail"):
         get_editor(spec, **{**settings_of(spec), "layers": layers}, **corpus).edit(handle, REQUESTS)
     assert calls == [False, True]
@@ -148,6 +162,21 @@ def test_edits_on_top_of_edits_name_their_parents_and_equal_runs_are_equal(spec,
         assert (handle.state, handle.weights_digest()) == (state, bits)
         assert handle.applied == (entry,)
     assert first.parents == ()
+    assert second.parents == (first.id,)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_sequence_survives_files(spec, corpus, tmp_path):
+    """Whatever a method keeps of earlier edits comes back from disk, and leaves no trace in the model."""
+    handle = tiny_handle("gptj")
+    editor = get_editor(spec, **settings_of(spec), **corpus)
+    first = editor.edit(handle, REQUESTS[:1])
+    loaded = WeightPatch.load(first.save(tmp_path / "first"))
+    with loaded.applied(handle):
+        bits = handle.weights_digest()
+        second = editor.edit(handle, REQUESTS[1:], history=[first])
+        assert editor.edit(handle, REQUESTS[1:], history=[loaded]).id == second.id
+        assert handle.weights_digest() == bits
     assert second.parents == (first.id,)
 
 

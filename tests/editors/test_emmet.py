@@ -48,7 +48,10 @@ def test_a_whole_edit_equals_the_plain_one(family, nu, corpus):
     stats = corpus["stats"].get(handle, [0, 1], corpus["corpus"])
     values = optimise_value(handle, REQUESTS, 1, Role.BLOCK, PREFIXES, ValueConfig(**SEARCH))
     rows = [
-        [PlainRow(row.ids, row.change, row.prompt_last) for row in request_rows(handle, request, PREFIXES.flat)]
+        [
+            PlainRow(row.ids, row.change, row.prompt_last)
+            for row in request_rows(handle, request, PREFIXES.flat)
+        ]
         for request in REQUESTS
     ]
     model = copy.deepcopy(handle.model)
@@ -56,12 +59,10 @@ def test_a_whole_edit_equals_the_plain_one(family, nu, corpus):
     downs = [other.module(Role.MLP_OUT, layer) for layer in (0, 1)]
     formulas = [emmet_dense(stats[layer].moment, 2.0, 0.1, nu) for layer in (0, 1)]
     targets = [value.target for value in values]
-    plain_spread(
-        model, downs, other.module(Role.BLOCK, 1), rows, targets, lambda i, k, r: formulas[i](k, r)
-    )
+    plain_spread(model, downs, other.module(Role.BLOCK, 1), rows, targets, lambda i, k, r: formulas[i](k, r))
     for name, delta in patch.deltas.items():
         weight = handle.named_weight(name)
-        change = model.get_parameter(name) - weight.parameter
+        change = (model.get_parameter(name) - weight.parameter).detach()
         assert float(change.norm()) > 1e-3
         assert torch.allclose(delta.dense(), change.T if weight.transposed else change, atol=1e-10, rtol=0)
 
@@ -92,8 +93,12 @@ def test_two_facts_of_one_subject_need_mu(corpus):
         EditRequest("b", "{} is ruled by", "France", "Marie Curie"),
     ]
     with pytest.raises(NumericalError, match="same subject twice"):
-        get_editor("emmet", layers=(1,), mu=0.0, mom2_weight=1e-3, **SETTINGS, **corpus).edit(handle, requests)
-    patch = get_editor("emmet", layers=(1,), mu=0.1, mom2_weight=1.0, **SETTINGS, **corpus).edit(handle, requests)
+        get_editor("emmet", layers=(1,), mu=0.0, mom2_weight=1e-3, **SETTINGS, **corpus).edit(
+            handle, requests
+        )
+    patch = get_editor("emmet", layers=(1,), mu=0.1, mom2_weight=1.0, **SETTINGS, **corpus).edit(
+        handle, requests
+    )
     assert patch.rank == 2
     # The two pull apart with the same key, so what is written is their mean.
     keys, missing = keys_and_missing(handle, requests, 1)
@@ -104,7 +109,9 @@ def test_two_facts_of_one_subject_need_mu(corpus):
     assert float(torch.cosine_similarity(moved, mean, dim=0)) > 0.999
 
 
-@pytest.mark.parametrize("wrong", [{"mu": -0.1}, {"norm_weight": -1.0}, {"mom2_weight": 0.0}, {"fact_token": "x"}])
+@pytest.mark.parametrize(
+    "wrong", [{"mu": -0.1}, {"norm_weight": -1.0}, {"mom2_weight": 0.0}, {"fact_token": "x"}]
+)
 def test_refuses_senseless_settings(wrong):
     with pytest.raises(ConfigError):
         EmmetConfig(**wrong)

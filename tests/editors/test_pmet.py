@@ -16,6 +16,7 @@ from editors.values import ValueConfig, optimise_value
 from lab.arch import Role
 from lab.errors import ConfigError
 from lab.handle import ModelHandle
+from lab.records import EditRequest
 from tests.editors.test_rome import REQUESTS, TEXTS, corpus
 from tests.reference.closed_forms import memit_dense, plain_spread
 from tests.reference.joint_search import plain_joint_search
@@ -26,6 +27,8 @@ __all__ = ["corpus"]
 
 PREFIXES = Prefixes.of(TEXTS)
 TAPS = (Role.MLP, Role.ATTN)
+SAYABLE = EditRequest("p", "The capital of {} is", "France", "Paris")
+"""A target of one token, which a shift at the last token can make the likeliest one."""
 CONFIG = ValueConfig(steps=8, lr=0.3, weight_decay=0.3, clamp=1.0, kl_factor=1.0)
 
 
@@ -77,13 +80,11 @@ def test_both_deltas_equal_the_plain_search_in_fp32(family):
 def test_a_target_that_is_said_weighs_less_and_may_end_the_search():
     handle = tiny_handle("llama", dtype=torch.float64, scale=1.5)
     held = dataclasses.replace(
-        CONFIG, steps=24, lr=0.5, clamp=20.0, weight_decay=0.01, kl_factor=0.5, stop_below=1e-6
+        CONFIG, steps=12, lr=0.5, clamp=20.0, weight_decay=0.01, kl_factor=0.5, stop_below=1e-6
     )
     easing = Easing(stop_kl=0.01)
-    (fast,) = optimise_value(
-        handle, REQUESTS[:1], 1, TAPS, PREFIXES, held, easing=easing, fact_token="last"
-    )
-    slow = plain(handle, REQUESTS[0], 1, held, "last")
+    (fast,) = optimise_value(handle, [SAYABLE], 1, TAPS, PREFIXES, held, easing=easing, fact_token="last")
+    slow = plain(handle, SAYABLE, 1, held, "last")
     assert any(slow.eased)
     assert len(fast.losses) == len(slow.losses)
     assert [step.total for step in fast.losses] == pytest.approx(slow.losses, abs=1e-9)
@@ -92,24 +93,22 @@ def test_a_target_that_is_said_weighs_less_and_may_end_the_search():
     step = fast.losses[first]
     assert step.total == pytest.approx(0.1 * step.nll + step.kl + step.decay + step.penalty, rel=1e-12)
     free = dataclasses.replace(held, kl_factor=0.0)
-    (short,) = optimise_value(handle, REQUESTS[:1], 1, TAPS, PREFIXES, free, easing=easing, fact_token="last")
+    (short,) = optimise_value(handle, [SAYABLE], 1, TAPS, PREFIXES, free, easing=easing, fact_token="last")
     # Without divergence the search ends where the target is first said.
-    assert len(short.losses) < free.steps
-    assert fast.losses[0].kl == pytest.approx(0, abs=1e-12)
+    assert 1 < len(short.losses) < free.steps
 
 
 def test_together_equals_alone():
     handle = tiny_handle("llama", dtype=torch.float64, scale=1.5)
-    config = dataclasses.replace(CONFIG, steps=14, lr=0.5, clamp=20.0, kl_factor=0.02, stop_below=1e-6)
+    config = dataclasses.replace(CONFIG, steps=8, lr=0.5, clamp=20.0, kl_factor=0.001, stop_below=1e-6)
+    both = [REQUESTS[1], SAYABLE]
 
     def search(requests):
-        return optimise_value(
-            handle, requests, 1, TAPS, PREFIXES, config, easing=Easing(), fact_token="last"
-        )
+        return optimise_value(handle, requests, 1, TAPS, PREFIXES, config, easing=Easing(), fact_token="last")
 
-    alone = [search([request])[0] for request in REQUESTS]
+    alone = [search([request])[0] for request in both]
     assert len({len(result.losses) for result in alone}) > 1
-    for batched, single in zip(search(REQUESTS), alone, strict=True):
+    for batched, single in zip(search(both), alone, strict=True):
         assert len(batched.losses) == len(single.losses)
         assert torch.allclose(batched.delta, single.delta, atol=1e-10, rtol=0)
         assert torch.allclose(batched.beside[0], single.beside[0], atol=1e-10, rtol=0)
@@ -140,7 +139,7 @@ def test_a_whole_edit_equals_the_plain_one(corpus):
     plain_spread(model, downs, downs[-1], rows, targets, lambda i, k, r: formulas[i](k, r), math.sqrt)
     assert sorted(patch.deltas) == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
     for name, delta in patch.deltas.items():
-        change = model.get_parameter(name) - handle.model.get_parameter(name)
+        change = (model.get_parameter(name) - handle.model.get_parameter(name)).detach()
         assert float(change.norm()) > 1e-3
         assert torch.allclose(delta.dense(), change, atol=1e-10, rtol=0)
     assert patch.provenance.extra["value_site"] == "mlp"
@@ -149,7 +148,10 @@ def test_a_whole_edit_equals_the_plain_one(corpus):
 
 def test_the_tokenizers_padding_side_does_not_matter(corpus):
     """Right-padding arithmetic on left-padded rows moves all but the longest row's edit to a wrong token."""
-    requests = [REQUESTS[0], dataclasses.replace(REQUESTS[1], prompt="After many years in the city {}'s wife is")]
+    requests = [
+        REQUESTS[0],
+        dataclasses.replace(REQUESTS[1], prompt="After many years in the city {}'s wife is"),
+    ]
     settings = {"layers": (0, 1), "steps": 4, "mom2_weight": 0.5, "prefixes": TEXTS}
     ids = []
     for side in ("right", "left"):
@@ -161,15 +163,18 @@ def test_the_tokenizers_padding_side_does_not_matter(corpus):
 
 
 def test_the_attention_penalty_moves_the_value(corpus):
-    handle = tiny_handle("gptj", scale=1.5)
-    settings = {"layers": (1,), "steps": 8, "mom2_weight": 0.1, "prefixes": TEXTS, "clamp": 20.0}
-    plain_patch = get_editor("pmet", **settings, **corpus).edit(handle, REQUESTS[:1])
-    patch = get_editor("pmet+sadr", gamma=5.0, **settings, **corpus).edit(handle, REQUESTS[:1])
+    handle = tiny_handle("gptj", scale=2.0)
+    settings = {"layers": (1,), "steps": 5, "mom2_weight": 0.1, "prefixes": TEXTS, "clamp": 20.0}
+    plain_patch = get_editor("pmet", **settings, **corpus).edit(handle, REQUESTS[1:])
+    restrained = get_editor("pmet+sadr", gamma=2.0, hinge=False, **settings, **corpus)
+    patch = restrained.edit(handle, REQUESTS[1:])
     assert max(step["penalty"] for step in patch.provenance.extra["values"][0]["losses"]) > 1e-4
     assert patch.id != plain_patch.id
 
 
-@pytest.mark.parametrize("wrong", [{"nll_factor": 0.0}, {"eased": -1.0}, {"stop_kl": -0.1}, {"mom2_weight": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"nll_factor": 0.0}, {"eased": -1.0}, {"stop_kl": -0.1}, {"mom2_weight": 0.0}]
+)
 def test_refuses_senseless_settings(wrong):
     with pytest.raises(ConfigError):
         PmetConfig(**wrong)

@@ -66,9 +66,7 @@ def plain_spread(
 
 def memit_dense(moment: Tensor, weight: float) -> Callable[[Tensor, Tensor], Tensor]:
     """``R Kᵀ (λC + K Kᵀ)⁻¹``."""
-    return lambda keys, residuals: (
-        residuals @ keys.T @ torch.linalg.inv(weight * moment + keys @ keys.T)
-    )
+    return lambda keys, residuals: residuals @ keys.T @ torch.linalg.inv(weight * moment + keys @ keys.T)
 
 
 def emmet_dense(moment: Tensor, weight: float, mu: float, nu: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -140,7 +138,8 @@ class PlainUltraEdit:
             self._see((inputs.shape[1], gradients.shape[1]), torch.cat([inputs, gradients], dim=1))
         for module, (inputs, gradients) in zip(self.modules, found, strict=True):
             count, mean, square = self.seen[inputs.shape[1], gradients.shape[1]]
-            features = (torch.cat([inputs, gradients], dim=1) - mean) / (square / (count - 1)).sqrt()
+            deviation = (square / (count - 1)).sqrt() + torch.finfo(torch.float64).eps
+            features = (torch.cat([inputs, gradients], dim=1) - mean) / deviation
             hidden, gradient = features[:, : inputs.shape[1]], features[:, inputs.shape[1] :]
             values = -self.lr * (hidden * hidden).sum(1, keepdim=True) * gradient
             system = inputs.T @ inputs + torch.eye(inputs.shape[1], dtype=torch.float64)
