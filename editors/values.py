@@ -165,8 +165,7 @@ def optimise_value(
         handle: The model; left as it was.
         requests: What to say instead.
         layer: Block of the tap.
-        role: ``Role.MLP`` (ROME) or ``Role.BLOCK`` (MEMIT); or several roles, each with a δ, weight decay and clamp of its own
-            (PMET), of which the first is the result.
+        role: ``Role.MLP`` (ROME) or ``Role.BLOCK`` (MEMIT); of several (PMET), each with its own δ, decay and clamp, the first counts.
         prefixes: Context templates, the plain ``"{}"`` first.
         config: Parameters of the search.
         penalties: Further terms of the loss.

@@ -11,7 +11,7 @@ from editors import get_editor
 from editors.easing import Easing, targets_reached
 from editors.pmet import PmetConfig
 from editors.prefixes import Prefixes
-from editors.rows import essence_row, request_rows
+from editors.rows import FactToken, essence_row, request_rows
 from editors.values import ValueConfig, optimise_value
 from lab.arch import Role
 from lab.errors import ConfigError
@@ -32,14 +32,14 @@ SAYABLE = EditRequest("p", "The capital of {} is", "France", "Paris")
 CONFIG = ValueConfig(steps=8, lr=0.3, weight_decay=0.3, clamp=1.0, kl_factor=1.0)
 
 
-def plain_rows(handle, request, token="subject_last"):
+def plain_rows(handle, request, token: FactToken = "subject_last"):
     return [
         PlainRow(row.ids, row.change, row.prompt_last, row.targets)
         for row in request_rows(handle, request, PREFIXES.flat, token)
     ]
 
 
-def plain(handle, request, layer, config, token="subject_last", nll_factor=1.0):
+def plain(handle, request, layer, config, token: FactToken = "subject_last", nll_factor=1.0):
     essence = essence_row(handle, request, token)
     return plain_joint_search(
         handle.model,

@@ -64,7 +64,6 @@ def test_published_models_are_found_by_shape(shape, name, layers, steps):
         (("llama", 4096, 32, 128256), "alphaedit", {"lr": 0.1, "l2": 1.0, "nullspace_threshold": 0.02}, "AlphaEdit/llama3"),
         (("mistral", 4096, 32, 32768), "alphaedit", {"layers": (4, 5, 6, 7, 8), "clamp": 4.0}, "untuned"),
         (("qwen2", 3584, 28, 152064), "ultraedit", {"layers": (), "up_layers": tuple(range(18, 27))}, "UltraEdit/qwen2.5"),
-        (("llama", 256, 5, 2048), "alphaedit", {"layers": (0, 1), "threshold_mode": "relative"}, "untuned"),
     ],
 )  # fmt: skip
 def test_a_section_has_its_own_values_and_source(shape, section, expected, source):
@@ -73,6 +72,14 @@ def test_a_section_has_its_own_values_and_source(shape, section, expected, sourc
     assert {name: preset.values[name] for name in expected} == expected
     assert source in preset.source
     assert "source" not in preset.values
+
+
+@pytest.mark.parametrize("section", ["pmet", "emmet", "alphaedit", "ultraedit"])
+def test_small_models_say_that_their_values_are_untuned(section):
+    for name in ("atlas", "atlas-gpt2", "bed"):
+        preset = find_preset(shape_of("llama", 256, 5, 400), section, name)
+        assert preset.source.startswith("untuned")
+        assert preset.values["layers"]
 
 
 def test_all_lists_of_layers_are_scaled():
