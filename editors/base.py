@@ -14,10 +14,10 @@ from torch import Tensor
 from editors.prefixes import PrefixCache, Prefixes
 from editors.presets import Preset, find_preset
 from editors.values import Penalty, Progress, ValueConfig, ValueResult
-from lab.errors import ConfigError, NumericalError
+from lab.errors import BaseMismatchError, ConfigError, NumericalError
 from lab.handle import ModelHandle
 from lab.memory import MemoryPatch
-from lab.patch import LowRank, Provenance, WeightPatch, library_versions
+from lab.patch import Carry, Delta, LowRank, Provenance, WeightPatch, library_versions
 from lab.records import EditRequest
 from lab.registry import Registry
 from lab.stats import Corpus, KeyStats, StatsCache
@@ -143,6 +143,10 @@ EDITORS: Registry[Method] = Registry(
         "rome_identity": "editors.rome:ROME_IDENTITY",
         "r_rome": "editors.rome:R_ROME",
         "memit": "editors.memit:MEMIT",
+        "pmet": "editors.pmet:PMET",
+        "emmet": "editors.emmet:EMMET",
+        "alphaedit": "editors.alphaedit:ALPHAEDIT",
+        "ultraedit": "editors.ultraedit:ULTRAEDIT",
         "ft_l": "editors.finetune:FT_L",
         "ft_l_inf": "editors.finetune:FT_L_INF",
         "ft_m": "editors.finetune:FT_M",
@@ -239,6 +243,8 @@ def settle(
     section: str,
     config: type[ConfigT],
     lengths: Sequence[tuple[int, int]],
+    *,
+    search: bool = True,
 ) -> tuple[ConfigT, Plan]:
     """Combines preset, penalties' settings and overrides for one model.
 
@@ -248,6 +254,7 @@ def settle(
         section: The method's section of the preset table.
         config: The method's own settings, a dataclass; what it shares with ``ValueConfig`` goes there.
         lengths: Default lengths of generated prefixes.
+        search: The method searches values; without it the settings of ``ValueConfig`` and the prefixes do not exist.
 
     Raises:
         ConfigError: A setting does not exist or makes no sense.
@@ -255,7 +262,12 @@ def settle(
     preset = find_preset(handle, section, options.preset)
     kinds = [PENALTIES.get(name) for name in options.penalties]
     names = {kind: _fields(kind) for kind in (config, ValueConfig, *kinds)}
-    check_names(options.spec, options.overrides, {"prefix_lengths"}.union(*names.values()))
+    if not search:
+        names[ValueConfig] = set()
+    known = {"prefix_lengths"} if search else set()
+    if isinstance(options.prefixes, Prefixes) and not search:
+        raise ConfigError(f"{options.spec!r} reads the plain prompt only; leave prefixes out")
+    check_names(options.spec, options.overrides, known.union(*names.values()))
     sadr = preset.penalty if "sadr" in options.penalties else {}
     chosen: dict[str, Any] = {
         **preset.values,
@@ -277,7 +289,7 @@ def settle(
     )
     fixed = options.prefixes
     prefixes = fixed if isinstance(fixed, Prefixes) else fixed.get(handle, spread, options.seed)
-    settings = {**_asdict(values), **_asdict(own)}
+    settings = {**(_asdict(values) if search else {}), **_asdict(own)}
     settings |= {name: _asdict(term) for name, term in zip(options.penalties, penalties, strict=True)}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return own, Plan(values, penalties, preset, prefixes, plain)
@@ -319,11 +331,13 @@ def make_patch(
     options: EditorOptions,
     plan: Plan,
     requests: Sequence[EditRequest],
-    deltas: Mapping[str, LowRank],
+    deltas: Mapping[str, Delta],
     parents: Sequence[str],
     extra: Mapping[str, Any],
+    *,
+    carry: tuple[Carry, ...] = (),
 ) -> WeightPatch:
-    """A patch with its provenance."""
+    """A patch with its provenance, and with what it hands on to later edits."""
     provenance = Provenance(
         method=options.spec,
         config=plan.config,
@@ -332,7 +346,29 @@ def make_patch(
         versions=library_versions(),
         extra={"preset": plan.preset.to_json(), "prefixes": list(plan.prefixes.flat), **extra},
     )
-    return WeightPatch(handle.fingerprint, dict(deltas), provenance, tuple(parents))
+    return WeightPatch(handle.fingerprint, dict(deltas), provenance, tuple(parents), carry)
+
+
+def carried(
+    history: Sequence[WeightPatch], kind: str, handle: ModelHandle | None = None
+) -> tuple[Carry, ...]:
+    """What earlier patches hand on, oldest first.
+
+    Args:
+        history: Earlier patches.
+        kind: Of what is wanted (``Carry.kind``).
+        handle: The model that is edited now; the patches must be its own.
+
+    Raises:
+        BaseMismatchError: A patch was made for another model.
+    """
+    for patch in history:
+        if handle is not None and patch.base != handle.fingerprint:
+            raise BaseMismatchError(
+                f"a patch in the history was made for base {patch.base[:12]}, {handle.name!r} is {handle.fingerprint[:12]}; "
+                "a sequence of edits stays on one model"
+            )
+    return tuple(carry for patch in history for carry in patch.carry if carry.kind == kind)
 
 
 def low_rank(left: Tensor, right: Tensor, what: str) -> LowRank:

@@ -97,18 +97,22 @@ def _preset(
         raise ConfigError(f"preset {row['name']!r} has no values for {section!r}")
     values = {**shared, **row.get(section, {})}
     # A section may have a source of its own.
-    source = values.pop("source", row["source"])
-    if "layers" in values:
-        values["layers"] = place(tuple(values["layers"]), row["name"])
+    source = str(values.pop("source", row["source"]))
+    for key, layers in values.items():
+        if key == "layers" or key.endswith("_layers"):
+            values[key] = place(tuple(layers), row["name"])
     common = table["sadr"]
     own = row.get("sadr", {}).get(section)
-    penalty = {**(own or common.get(section, {})), "source": row["source"] if own else common["source"]}
-    return Preset(str(row["name"]), str(source), chosen, values, penalty)
+    penalty = {
+        "source": row["source"] if own else common["source"],
+        **(own or common.get(section, {})),
+    }
+    return Preset(str(row["name"]), source, chosen, values, penalty)
 
 
 def _layers_as_written(handle: ModelHandle) -> Any:
     def place(layers: tuple[int, ...], name: str) -> tuple[int, ...]:
-        if max(layers) >= handle.n_layers:
+        if max(layers, default=0) >= handle.n_layers:
             raise ConfigError(
                 f"preset {name!r} edits layers {list(layers)}, but {handle.name!r} has only {handle.n_layers}; "
                 "give layers=... or leave the preset out"

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from editors.easing import Easing, targets_reached
 from editors.prefixes import Prefixes
 from editors.rows import EditRow, FactToken, essence_row, request_rows
 from lab.arch import Role
@@ -95,7 +96,7 @@ class Penalty(Protocol):
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The loss of one request at one step, and its parts."""
+    """The loss of one request at one step, and its parts; the total weighs ``nll`` where the search is eased."""
 
     total: float
     nll: float
@@ -112,11 +113,13 @@ class ValueResult:
         delta: δ, ``[d]``.
         init: h0, the tap's unedited output on the plain prompt, ``[d]``.
         losses: One entry per forward pass.
+        beside: δ of the further taps, ``[d]`` each; they only helped the search.
     """
 
     delta: Tensor
     init: Tensor
     losses: tuple[StepLoss, ...]
+    beside: tuple[Tensor, ...] = ()
 
     @property
     def target(self) -> Tensor:
@@ -146,11 +149,12 @@ def optimise_value(
     handle: ModelHandle,
     requests: Sequence[EditRequest],
     layer: int,
-    role: Role,
+    role: Role | Sequence[Role],
     prefixes: Prefixes,
     config: ValueConfig,
     penalties: Sequence[Penalty] = (),
     *,
+    easing: Easing | None = None,
     fact_token: FactToken = "subject_last",
     max_rows: int = 256,
     progress: Progress | None = None,
@@ -161,10 +165,11 @@ def optimise_value(
         handle: The model; left as it was.
         requests: What to say instead.
         layer: Block of the tap.
-        role: ``Role.MLP`` (ROME) or ``Role.BLOCK`` (MEMIT).
+        role: ``Role.MLP`` (ROME) or ``Role.BLOCK`` (MEMIT); of several (PMET), each with its own δ, decay and clamp, the first counts.
         prefixes: Context templates, the plain ``"{}"`` first.
         config: Parameters of the search.
         penalties: Further terms of the loss.
+        easing: PMET's rule for targets that are already said.
         fact_token: Where δ acts: the subject's last token, or the prompt's.
         max_rows: Rows per batch; bounds memory, does not change the result.
         progress: Told how many requests are finished.
@@ -176,6 +181,7 @@ def optimise_value(
         NumericalError: A loss is not finite; names the request.
         RequestError: A request cannot be turned into rows.
     """
+    roles = (role,) if isinstance(role, Role) else tuple(role)
     problems = []
     for request in requests:
         rows = request_rows(handle, request, prefixes.flat, fact_token)
@@ -186,7 +192,8 @@ def optimise_value(
     found: dict[int, ValueResult] = {}
     with handle.writing(), frozen(handle.model):
         for chunk in _chunks(order, problems, max_rows):
-            search = _Search(handle, [problems[index] for index in chunk], layer, role, config, penalties)
+            chosen = [problems[index] for index in chunk]
+            search = _Search(handle, chosen, layer, roles, config, penalties, easing)
             found.update(zip(chunk, search.run(), strict=True))
             if progress is not None:
                 progress("values", len(found), len(problems))
@@ -254,11 +261,13 @@ class _Search:
         handle: ModelHandle,
         problems: Sequence[_Problem],
         layer: int,
-        role: Role,
+        roles: Sequence[Role],
         config: ValueConfig,
         penalties: Sequence[Penalty],
+        easing: Easing | None,
     ) -> None:
-        self.handle, self.problems, self.config, self.penalties = handle, problems, config, penalties
+        self.handle, self.problems, self.config = handle, problems, config
+        self.penalties, self.easing = penalties, easing
         self.dtype = torch.promote_types(handle.dtype, torch.float32)
         self.rows = [row for problem in problems for row in problem.rows]
         self.first_rows = [
@@ -272,17 +281,20 @@ class _Search:
             handle,
             [row.ids for row in self.rows],
             [row.change for row in self.rows],
-            Site(role, layer),
+            [Site(role, layer) for role in roles],
             wanted,
             [row.prompt_last for row in self.rows] if penalties else None,
         )
         self.base_attention: Mapping[int, Tensor] = {}
         self.base_essence = torch.empty(0)
+        # Only where the search is eased, and there new at every step.
+        self.reached = torch.zeros(len(problems), dtype=torch.bool, device=handle.device)
+        self.nll_weight = torch.empty(0) if easing is None else easing.weights(self.reached, self.dtype)
 
     def run(self) -> list[ValueResult]:
         config, count = self.config, len(self.problems)
-        init = self.replay.base[self.first_rows].to(self.dtype)
-        norms = torch.linalg.vector_norm(init, dim=1)
+        init = self.replay.bases[self.first_rows].to(self.dtype)
+        norms = torch.linalg.vector_norm(init, dim=2)
         delta = torch.zeros_like(init, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=config.lr)
         traces: list[list[StepLoss]] = [[] for _ in range(count)]
@@ -290,12 +302,13 @@ class _Search:
         for step in range(config.steps):
             with torch.enable_grad():
                 parts = self._loss(view, delta, norms)
-                total = parts.sum(dim=0)
+                total = self._total(view, parts)
             running = view.edits.tolist()
             self._record(traces, running, parts.detach(), total.detach(), step)
             if step == config.steps - 1:
                 break
-            going = [edit for edit in running if not traces[edit][-1].total < config.stop_below]
+            finished = self._finished(view, parts.detach(), total.detach())
+            going = [edit for edit, done in zip(running, finished.tolist(), strict=True) if not done]
             if not going:
                 break
             (gradient,) = torch.autograd.grad(total.sum(), delta)
@@ -304,20 +317,22 @@ class _Search:
             delta.grad = gradient
             adam.step()
             with torch.no_grad():
-                moved = torch.zeros(count, 1, dtype=torch.bool, device=delta.device)
+                moved = torch.zeros(count, 1, 1, dtype=torch.bool, device=delta.device)
                 moved[going] = True
                 delta.copy_(torch.where(moved, delta, before))
-                length = torch.linalg.vector_norm(delta, dim=1)
+                length = torch.linalg.vector_norm(delta, dim=2)
                 limit = config.clamp * norms
                 scale = torch.where(
                     length > limit, limit / length.clamp_min(torch.finfo(length.dtype).tiny), 1.0
                 )
-                delta.mul_(torch.where(moved[:, 0], scale, torch.ones_like(scale))[:, None])
+                delta.mul_(torch.where(moved[..., 0], scale, torch.ones_like(scale))[..., None])
             if len(going) < len(running):
                 view = self._view(going)
         return [
-            ValueResult(delta.detach()[index].clone(), init[index].clone(), tuple(traces[index]))
-            for index in range(count)
+            ValueResult(
+                first.clone(), init[index, 0].clone(), tuple(traces[index]), tuple(d.clone() for d in more)
+            )
+            for index, (first, *more) in enumerate(delta.detach())
         ]
 
     def _view(self, edits: Sequence[int]) -> _View:
@@ -371,14 +386,32 @@ class _Search:
                 self.base_essence = current.detach()
             original = self.base_essence[view.edits]
             kl = self.config.kl_factor * (current.exp() * (current - original)).sum(dim=1)
-        length = torch.linalg.vector_norm(delta[view.edits], dim=1)
-        decay = self.config.weight_decay * length / norms[view.edits] ** 2
+        length = torch.linalg.vector_norm(delta[view.edits], dim=2)
+        decay = (self.config.weight_decay * length / norms[view.edits] ** 2).sum(dim=1)
         penalty = torch.zeros_like(nll)
         if self.penalties:
             step = self._attention_step(view, result.attention)
             for term in self.penalties:
                 penalty = penalty + term(step).to(penalty.dtype)
+        if self.easing is not None:
+            lines = (logits.detach(), view.line_target, view.line_weight > 0, view.line_owner)
+            self.reached[view.edits] = targets_reached(*lines, running)
         return torch.stack([nll, kl, decay, penalty])
+
+    def _total(self, view: _View, parts: Tensor) -> Tensor:
+        """The loss of each running edit, ``[running]``."""
+        if self.easing is None:
+            return parts.sum(dim=0)
+        return self.nll_weight[view.edits] * parts[0] + parts[1:].sum(dim=0)
+
+    def _finished(self, view: _View, parts: Tensor, total: Tensor) -> Tensor:
+        """Which of the running edits are done, ``[running]``; weighs the likelihood of the others for the next step."""
+        finished = total.double() < self.config.stop_below
+        if self.easing is not None:
+            reached = self.reached[view.edits]
+            self.nll_weight[view.edits] = self.easing.weights(reached, self.dtype)
+            finished = finished | self.easing.stops(reached, parts[1])
+        return finished
 
     def _attention_step(self, view: _View, attention: Mapping[int, Tensor]) -> AttentionStep:
         current = {layer: rows[view.rewriting] for layer, rows in attention.items()}

@@ -24,13 +24,17 @@ class Role(StrEnum):
     MLP = "mlp"
     MLP_IN = "mlp_in"
     """First projection of the MLP (the gate where gate and up are apart)."""
+    MLP_UP = "mlp_up"
+    """Second projection beside the gate; only families that keep the two apart have it."""
     MLP_OUT = "mlp_out"
     """Down projection; its input is the key of locate-then-edit methods."""
     FINAL_NORM = "final_norm"
     UNEMBED = "unembed"
 
 
-LAYER_ROLES = frozenset({Role.BLOCK, Role.ATTN, Role.ATTN_OUT, Role.MLP, Role.MLP_IN, Role.MLP_OUT})
+LAYER_ROLES = frozenset(
+    {Role.BLOCK, Role.ATTN, Role.ATTN_OUT, Role.MLP, Role.MLP_IN, Role.MLP_UP, Role.MLP_OUT}
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,17 @@ class Architecture:
     query_value: tuple[str, ...] = ("q_proj", "v_proj")
 
     def path(self, role: Role, layer: int | None = None) -> str:
-        """Dotted path of ``role``; ``layer`` is needed exactly for roles that exist once per block."""
+        """Dotted path of ``role``; ``layer`` is needed exactly for roles that exist once per block.
+
+        Raises:
+            UnsupportedModelError: The family has no such module.
+        """
         if (role in LAYER_ROLES) != (layer is not None):
             raise ValueError(f"role {role.value!r} {'needs' if role in LAYER_ROLES else 'takes no'} layer")
+        if role not in self.paths:
+            raise UnsupportedModelError(
+                f"models of type {' or '.join(self.model_types)} have no {role.value!r}"
+            )
         return self.paths[role].format(layer)
 
     def query_value_paths(self, layer: int) -> tuple[str, ...]:
@@ -69,7 +81,16 @@ class Architecture:
 
 
 def _paths(
-    blocks: str, *, attn: str, attn_out: str, mlp: str, mlp_in: str, mlp_out: str, embed: str, norm: str
+    blocks: str,
+    *,
+    attn: str,
+    attn_out: str,
+    mlp: str,
+    mlp_in: str,
+    mlp_out: str,
+    embed: str,
+    norm: str,
+    mlp_up: str | None = None,
 ) -> Mapping[Role, str]:
     block = blocks + ".{}"
     inner = {
@@ -78,18 +99,20 @@ def _paths(
         Role.MLP: mlp,
         Role.MLP_IN: mlp_in,
         Role.MLP_OUT: mlp_out,
+        **({} if mlp_up is None else {Role.MLP_UP: mlp_up}),
     }
     table = {Role.EMBED: embed, Role.BLOCK: block, Role.FINAL_NORM: norm, Role.UNEMBED: "lm_head"}
     return MappingProxyType(table | {role: f"{block}.{path}" for role, path in inner.items()})
 
 
-def _llama_paths(mlp_in: str = "mlp.gate_proj") -> Mapping[Role, str]:
+def _llama_paths(mlp_in: str = "mlp.gate_proj", mlp_up: str | None = "mlp.up_proj") -> Mapping[Role, str]:
     return _paths(
         "model.layers",
         attn="self_attn",
         attn_out="self_attn.o_proj",
         mlp="mlp",
         mlp_in=mlp_in,
+        mlp_up=mlp_up,
         mlp_out="mlp.down_proj",
         embed="model.embed_tokens",
         norm="model.norm",
@@ -127,7 +150,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(("gemma2",), _llama_paths(), post_norm_mlp=True, eager_only=True),
     Architecture(("gemma3_text",), _llama_paths(), post_norm_mlp=True),
     Architecture(("phi",), _PHI, parallel=True),
-    Architecture(("phi3",), _llama_paths("mlp.gate_up_proj"), query_value=("qkv_proj",)),
+    Architecture(("phi3",), _llama_paths("mlp.gate_up_proj", None), query_value=("qkv_proj",)),
 )
 
 

@@ -186,6 +186,33 @@ def hash_of(header: Sequence[Any], parts: Sequence[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
+class Carry:
+    """What an edit hands on to later edits of the same sequence; no part of the change itself.
+
+    It travels with the patch, so that whoever keeps the patches keeps the whole state of a sequence.
+
+    Attributes:
+        kind: The method that reads it (``"alphaedit"``).
+        tensors: By name; fp32 or fp64, on the CPU.
+
+    Raises:
+        PatchError: A tensor holds NaN or infinity.
+    """
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        kept = {name: keep(tensor) for name, tensor in self.tensors.items()}
+        for name, tensor in kept.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise PatchError(
+                    f"{name!r}, which {self.kind!r} hands on to later edits, holds NaN or infinity"
+                )
+        object.__setattr__(self, "tensors", kept)
+
+
 def library_versions() -> dict[str, str]:
     """Versions that a patch's numbers depend on."""
     from importlib.metadata import PackageNotFoundError, version
@@ -208,12 +235,14 @@ class WeightPatch:
         deltas: Parameter name to delta.
         provenance: How it was made.
         parents: Ids of the patches that were applied when it was computed, in order.
+        carry: What later edits need to know about this one; changes no weight.
     """
 
     base: str
     deltas: Mapping[str, Delta]
     provenance: Provenance
     parents: tuple[str, ...] = ()
+    carry: tuple[Carry, ...] = ()
 
     def __post_init__(self) -> None:
         for name, delta in self.deltas.items():
@@ -223,13 +252,18 @@ class WeightPatch:
 
     @property
     def id(self) -> str:
-        """Hash of base, parents and deltas; equal patches have equal ids."""
+        """Hash of base, parents, deltas and what is carried on; equal patches have equal ids."""
         cached = self.__dict__.get("_id")
         if cached is None:
             parts = [
                 (f"{name}/{part}", tensor)
                 for name, delta in sorted(self.deltas.items())
                 for part, tensor in delta.tensors().items()
+            ]
+            parts += [
+                (f"carry/{place}/{each.kind}/{name}", tensor)
+                for place, each in enumerate(self.carry)
+                for name, tensor in sorted(each.tensors.items())
             ]
             cached = hash_of([self.base, list(self.parents)], parts)
             object.__setattr__(self, "_id", cached)
@@ -284,7 +318,7 @@ class WeightPatch:
         )
 
     def __add__(self, other: WeightPatch) -> WeightPatch:
-        """Both patches as one; low-rank factors are stacked, a dense part makes the sum dense.
+        """Both patches as one; low-rank factors are stacked, a dense part makes the sum dense, and all that either carries is kept.
 
         Raises:
             BaseMismatchError: The patches name different bases.
@@ -305,7 +339,7 @@ class WeightPatch:
             versions=library_versions(),
             extra={"parts": [{"id": part.id, **part.provenance.to_json()} for part in (self, other)]},
         )
-        return WeightPatch(self.base, deltas, provenance, tuple(parents))
+        return WeightPatch(self.base, deltas, provenance, tuple(parents), self.carry + other.carry)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Writes ``patch.safetensors`` and ``patch.json``; a failed write leaves what was there.

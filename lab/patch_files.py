@@ -14,14 +14,15 @@ from torch import Tensor
 
 from lab.errors import PatchError, PatchFormatError, UnknownNameError
 from lab.files import write_folder
-from lab.patch import Delta, Dense, LowRank, Provenance, WeightPatch
+from lab.patch import Carry, Delta, Dense, LowRank, Provenance, WeightPatch
 
 if TYPE_CHECKING:
     from lab.memory import MemoryPatch
 
 FORMAT = "knowlab-patch"
 MEMORY_FORMAT = "knowlab-memory"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of weight patches that carry something for later edits; all others are written as version 1, which older readers know."""
 WEIGHTS_FILE = "patch.safetensors"
 CARD_FILE = "patch.json"
 _TITLES = {FORMAT: "weight patch", MEMORY_FORMAT: "memory patch"}
@@ -35,12 +36,15 @@ def save_patch(patch: WeightPatch, folder: str | Path, *, overwrite: bool = Fals
         for name, delta in patch.deltas.items()
         for part, value in delta.tensors().items()
     }
+    for place, each in enumerate(patch.carry):
+        tensors |= {f"carry/{place}/{name}": value for name, value in each.tensors.items()}
     content = {
         "rank": patch.rank,
         "norms": patch.norms(),
         "deltas": {
             name: {"kind": _kind(delta), "shape": list(delta.shape)} for name, delta in patch.deltas.items()
         },
+        **({"carry": [_carry_card(each) for each in patch.carry]} if patch.carry else {}),
     }
     return _save(FORMAT, patch, content, tensors, folder, overwrite)
 
@@ -51,7 +55,11 @@ def load_patch(folder: str | Path) -> WeightPatch:
     card, tensors = _read(place, FORMAT)
     try:
         deltas = {name: _delta(name, entry["kind"], tensors) for name, entry in card["deltas"].items()}
-        patch = WeightPatch(card["base"], deltas, _provenance(card), tuple(card["parents"]))
+        carry = tuple(
+            Carry(entry["kind"], {name: tensors[f"carry/{number}/{name}"] for name in entry["tensors"]})
+            for number, entry in enumerate(card.get("carry", ()))
+        )
+        patch = WeightPatch(card["base"], deltas, _provenance(card), tuple(card["parents"]), carry)
     except _UNREADABLE as error:
         raise PatchFormatError(f"{place} is not a readable patch: {error}") from error
     _check_id(place, patch, card)
@@ -115,7 +123,7 @@ def _save(
         save_file(tensors, fresh / WEIGHTS_FILE)
         card = {
             "format": format,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if "carry" in content else 1,
             "id": patch.id,
             "base": patch.base,
             "parents": list(patch.parents),
@@ -136,9 +144,9 @@ def _read(place: Path, format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file, weights = place / CARD_FILE, place / WEIGHTS_FILE
     if card.get("format") != format:
         raise PatchFormatError(f"{file} does not describe a {_TITLES[format]}")
-    if card.get("format_version") != FORMAT_VERSION:
+    if card.get("format_version") not in range(1, FORMAT_VERSION + 1):
         raise PatchFormatError(
-            f"{file} has format version {card.get('format_version')}, this KnowLab reads {FORMAT_VERSION}"
+            f"{file} has format version {card.get('format_version')}, this KnowLab reads up to {FORMAT_VERSION}"
         )
     if not weights.is_file():
         raise PatchFormatError(f"{place} holds no {WEIGHTS_FILE}")
@@ -160,6 +168,13 @@ def _check_id(place: Path, patch: WeightPatch | MemoryPatch, card: Mapping[str, 
         raise PatchFormatError(
             f"{place}: base, parents or content were changed after saving (the id does not match)"
         )
+
+
+def _carry_card(carry: Carry) -> dict[str, Any]:
+    return {
+        "kind": carry.kind,
+        "tensors": {name: list(tensor.shape) for name, tensor in carry.tensors.items()},
+    }
 
 
 def _kind(delta: Delta) -> str:

@@ -138,6 +138,11 @@ class Replay:
         return self._base(self._roles[0])[:, 0]
 
     @property
+    def bases(self) -> Tensor:
+        """Unchanged outputs of all taps at the change, ``[row, tap, d]``."""
+        return torch.stack([self._base(role)[:, 0] for role in self._roles], dim=1)
+
+    @property
     def logit_rows(self) -> Tensor:
         """Row of each line of ``ReplayResult.logits``, ``[wanted]``."""
         counts = torch.tensor([len(places) for places in self._wanted])

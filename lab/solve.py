@@ -16,6 +16,8 @@ from lab.patch import LowRank
 
 _FIRST_RIDGE = 1e-10
 _LAST_RIDGE = 1e-2
+# Squared relative distance below which two keys of a model in fp32 are one: what is between them is rounding.
+_SAME_KEY = (32 * torch.finfo(torch.float32).eps) ** 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,8 @@ def woodbury_factors(factor: Factor, keys: Tensor, residuals: Tensor) -> tuple[T
 def emmet_factors(factor: Factor, keys: Tensor, residuals: Tensor, mu: float = 0.1) -> tuple[Tensor, Tensor]:
     """EMMET's equality-constrained update ``Δ = R (Kᵀ A⁻¹ K + μ I)⁻¹ Kᵀ A⁻¹``; shapes as in ``woodbury_factors``.
 
-    With ``mu = 0`` the update maps every key onto its residual exactly; two equal keys then make it singular.
+    With ``mu = 0`` the update maps every key onto its residual exactly; two keys that are equal as far as a model in fp32
+    can tell then make it singular.
 
     Raises:
         ConfigError: ``mu`` is negative.
@@ -120,7 +123,49 @@ def emmet_factors(factor: Factor, keys: Tensor, residuals: Tensor, mu: float = 0
     """
     if mu < 0:
         raise ConfigError(f"mu must not be negative, it is {mu}")
-    return _thin_update(factor, keys, residuals, mu)
+    return _thin_update(factor, keys, residuals, mu, _SAME_KEY)
+
+
+def null_space_factors(
+    projector: Projector, keys: Tensor, residuals: Tensor, past: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """AlphaEdit's update ``Δᵀ = [P (K Kᵀ + K_p K_pᵀ) + ridge I]⁻¹ P K Rᵀ`` as two thin matrices.
+
+    The solution lies in the range of ``P``. With ``Y = P [K_p, K]`` and ``G = Yᵀ Y + ridge I`` it is
+    ``Δ = R (last B rows of G⁻¹ Yᵀ)``: a system over the edits so far instead of over the width of the keys.
+
+    Args:
+        projector: ``P``.
+        keys: ``K``, ``[in, B]``.
+        residuals: ``R``, ``[out, B]``.
+        past: ``K_p``, ``[in, n]``, keys of earlier edits; ``[in, 0]`` where there are none.
+        ridge: λ₂, positive.
+
+    Returns:
+        ``left [out, B]`` and ``right [B, in]``, fp64, with ``Δ = left @ right``.
+
+    Raises:
+        ConfigError: ``ridge`` is not positive, or shapes do not fit.
+        NumericalError: The system cannot be factored (keys not finite).
+    """
+    if not ridge > 0:
+        raise ConfigError(f"the ridge of the null-space update must be positive, it is {ridge}")
+    if keys.dim() != 2 or past.dim() != 2 or past.shape[0] != keys.shape[0]:
+        raise ConfigError(
+            f"keys {tuple(keys.shape)} and past keys {tuple(past.shape)} must both be [in, edits]"
+        )
+    if residuals.dim() != 2 or residuals.shape[1] != keys.shape[1]:
+        raise ConfigError(f"{keys.shape[1]} keys need as many residuals, not {tuple(residuals.shape)}")
+    kept = projector.apply(torch.cat([_fp64(past), _fp64(keys)], dim=1))
+    gram = kept.T @ kept
+    identity = torch.eye(gram.shape[0], dtype=torch.float64)
+    lower, info = torch.linalg.cholesky_ex((gram + gram.T) / 2 + ridge * identity)
+    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+        raise NumericalError(
+            "the system over the edits cannot be factored; keys are not finite or the ridge is too small"
+        )
+    chosen = torch.cholesky_solve(identity[:, past.shape[1] :], lower)
+    return _fp64(residuals), (kept @ chosen).T
 
 
 def woodbury_update(factor: Factor, keys: Tensor, residuals: Tensor) -> LowRank:
@@ -129,7 +174,9 @@ def woodbury_update(factor: Factor, keys: Tensor, residuals: Tensor) -> LowRank:
     return LowRank(left.float(), right.float())
 
 
-def _thin_update(factor: Factor, keys: Tensor, residuals: Tensor, diagonal: float) -> tuple[Tensor, Tensor]:
+def _thin_update(
+    factor: Factor, keys: Tensor, residuals: Tensor, diagonal: float, floor: float = 0.0
+) -> tuple[Tensor, Tensor]:
     if keys.dim() != 2 or residuals.dim() != 2 or keys.shape[1] != residuals.shape[1]:
         raise ConfigError(
             f"keys {tuple(keys.shape)} and residuals {tuple(residuals.shape)} must both be [width, edits]"
@@ -139,7 +186,9 @@ def _thin_update(factor: Factor, keys: Tensor, residuals: Tensor, diagonal: floa
     gram = columns.T @ solved
     system = (gram + gram.T) / 2 + diagonal * torch.eye(gram.shape[0], dtype=torch.float64)
     lower, info = torch.linalg.cholesky_ex(system)
-    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+    pivots = lower.diagonal()
+    flat = int(info) == 0 and bool((pivots.min() / pivots.max()) ** 2 < floor)
+    if int(info) != 0 or flat or not bool(torch.isfinite(lower).all()):
         raise NumericalError(
             "the system over the edits is singular: two keys coincide (the same subject twice) or are not finite"
         )

@@ -26,7 +26,15 @@ from lab.arch import Role
 from lab.errors import DataError
 from lab.files import replacing
 from lab.moments import KeyStats, Progress, collect_key_stats, default_tokens
-from lab.solve import Factor, Projector, emmet_factors, woodbury_factors, woodbury_update
+from lab.solve import (
+    Factor,
+    Projector,
+    emmet_factors,
+    factorize,
+    null_space_factors,
+    woodbury_factors,
+    woodbury_update,
+)
 from lab.sources import TextSource, text_source
 
 if TYPE_CHECKING:
@@ -43,6 +51,8 @@ __all__ = [
     "default_cache_dir",
     "default_tokens",
     "emmet_factors",
+    "factorize",
+    "null_space_factors",
     "text_source",
     "woodbury_factors",
     "woodbury_update",

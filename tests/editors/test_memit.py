@@ -5,9 +5,9 @@ import torch
 
 from editors import edit_many, get_editor
 from editors.keys import mean_over_contexts, read_keys, read_sites
-from editors.memit import value_role
 from editors.prefixes import Prefixes
 from editors.rows import request_rows
+from editors.spread import value_role
 from lab.arch import Role
 from lab.errors import ConfigError, RequestError
 from lab.records import EditRequest

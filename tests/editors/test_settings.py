@@ -7,18 +7,23 @@ import pytest
 import torch
 
 from editors import EDITORS, get_editor
+from editors.alphaedit import AlphaEditConfig
 from editors.base import EditorOptions, settle
+from editors.emmet import EmmetConfig
 from editors.finetune import FinetuneConfig
-from editors.lora import LoraEditConfig
 from editors.grace import GraceConfig
-from editors.memit import PREFIX_LENGTHS, MemitConfig
+from editors.lora import LoraEditConfig
+from editors.memit import MemitConfig
 from editors.mend import MendConfig
+from editors.pmet import PmetConfig
 from editors.prefixes import PrefixCache, Prefixes, generate_prefixes
 from editors.presets import find_preset, preset_names, read_table
 from editors.rome import RomeConfig
 from editors.rows import essence_row, request_rows
 from editors.sadr import AttentionDrift
 from editors.serac_learners import SeracConfig
+from editors.spread import PREFIX_LENGTHS
+from editors.ultraedit import UltraEditConfig
 from editors.values import ValueConfig
 from editors.wise import WiseConfig
 from lab.errors import ConfigError, SubjectNotFoundError, UnknownNameError
@@ -56,6 +61,39 @@ def test_published_models_are_found_by_shape(shape, name, layers, steps):
     assert preset.values["steps"] == steps
 
 
+@pytest.mark.parametrize(
+    "shape, section, expected, source",
+    [
+        (("gptj", 4096, 28, 50400), "pmet", {"steps": 30, "lr": 0.2, "kl_factor": 1.0, "layers": (3, 4, 5, 6, 7, 8)}, "PMET"),
+        (("llama", 4096, 32, 32000), "pmet", {"steps": 20, "clamp": 1.0, "weight_decay": 0.5}, "PMET/llama-7b"),
+        (("gpt2", 1600, 48, 50257), "emmet", {"layers": (17,), "mom2_weight": 10000.0, "mu": 0.1}, "EMMET/gpt2-xl"),
+        (("llama", 4096, 32, 128256), "alphaedit", {"lr": 0.1, "l2": 1.0, "nullspace_threshold": 0.02}, "AlphaEdit/llama3"),
+        (("mistral", 4096, 32, 32768), "alphaedit", {"layers": (4, 5, 6, 7, 8), "clamp": 4.0}, "untuned"),
+        (("qwen2", 3584, 28, 152064), "ultraedit", {"layers": (), "up_layers": tuple(range(18, 27))}, "UltraEdit/qwen2.5"),
+    ],
+)  # fmt: skip
+def test_a_section_has_its_own_values_and_source(shape, section, expected, source):
+    preset = find_preset(shape_of(*shape), section)
+    assert preset.chosen == "shape"
+    assert {name: preset.values[name] for name in expected} == expected
+    assert source in preset.source
+    assert "source" not in preset.values
+
+
+@pytest.mark.parametrize("section", ["pmet", "emmet", "alphaedit", "ultraedit"])
+def test_small_models_say_that_their_values_are_untuned(section):
+    for name in ("atlas", "atlas-gpt2", "bed"):
+        preset = find_preset(shape_of("llama", 256, 5, 400), section, name)
+        assert preset.source.startswith("untuned")
+        assert preset.values["layers"]
+
+
+def test_all_lists_of_layers_are_scaled():
+    preset = find_preset(shape_of("qwen3", 64, 14, 400), "ultraedit")
+    assert preset.values["layers"] == ()
+    assert preset.values["gate_layers"] == preset.values["up_layers"] == (9, 10, 11, 12)
+
+
 def test_an_unknown_model_takes_scaled_layers_and_says_so():
     preset = find_preset(shape_of("gpt2", 768, 12, 50257), "memit")
     assert (preset.name, preset.chosen) == ("gpt2-xl", "fallback")
@@ -85,10 +123,18 @@ def test_a_model_names_its_own_preset_and_the_caller_overrules_it():
 
 def test_every_row_is_complete_and_has_a_source():
     table = read_table()
+    searched = {
+        "rome": RomeConfig,
+        "memit": MemitConfig,
+        "pmet": PmetConfig,
+        "emmet": EmmetConfig,
+        "alphaedit": AlphaEditConfig,
+    }
     known = {
         section: set(config.__dataclass_fields__) | set(ValueConfig.__dataclass_fields__)
-        for section, config in (("rome", RomeConfig), ("memit", MemitConfig))
+        for section, config in searched.items()
     }
+    known["ultraedit"] = set(UltraEditConfig.__dataclass_fields__)
     trained = {
         **dict.fromkeys(("ft_l", "ft_l_inf", "ft_m"), FinetuneConfig),
         "lora": LoraEditConfig,
@@ -102,7 +148,7 @@ def test_every_row_is_complete_and_has_a_source():
     for row in table["preset"]:
         assert row["source"]
         for section, names in known.items():
-            assert set(row[section]) <= names
+            assert set(row[section]) - {"source"} <= names
             assert row[section]["layers"] == sorted(row[section]["layers"])
         for section, names in memories.items():
             assert set(row[section]) <= names
@@ -135,6 +181,12 @@ def test_sadr_brings_its_own_steps_and_weight_and_both_can_be_overruled():
     assert plan("rome+sadr", "rome", RomeConfig).values.steps == 80
     assert plan("rome+sadr", "rome", RomeConfig).penalties == (AttentionDrift(gamma=0.01),)
     assert plan("memit+sadr", "memit", MemitConfig).penalties == (AttentionDrift(gamma=0.005),)
+    joint = plan("pmet+sadr", "pmet", PmetConfig)
+    assert (joint.values.steps, joint.penalties) == (40, (AttentionDrift(gamma=0.08),))
+    for section, config in (("emmet", EmmetConfig), ("alphaedit", AlphaEditConfig)):
+        restrained = plan(f"{section}+sadr", section, config)
+        assert restrained.penalties == (AttentionDrift(gamma=0.005),)
+        assert restrained.values.steps == plan(section, section, config).values.steps
     tuned = plan("rome+sadr", "rome", RomeConfig, steps=7, gamma=0.3, hinge=False, layers=[2])
     assert tuned.values.steps == 7
     assert tuned.penalties == (AttentionDrift(gamma=0.3, hinge=False),)

@@ -39,6 +39,11 @@ def test_every_role_resolves_with_canonical_shapes(family: str) -> None:
     assert handle.weight(Role.EMBED).parameter.shape == (len(tiny_tokenizer()), handle.hidden_size)
     assert handle.weight(Role.UNEMBED).shape == (len(tiny_tokenizer()), handle.hidden_size)
     handle.module(Role.FINAL_NORM)
+    if family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"):
+        assert handle.weight(Role.MLP_UP, 0).shape == handle.weight(Role.MLP_IN, 0).shape
+    else:
+        with pytest.raises(UnsupportedModelError, match="mlp_up"):
+            handle.module(Role.MLP_UP, 0)
     names = dict(handle.model.named_parameters())
     assert handle.weight(Role.MLP_OUT, 0).name in names
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from lab.errors import (
     PatchFormatError,
 )
 from lab.handle import ModelHandle
-from lab.patch import Delta, Dense, LowRank, Provenance, WeightPatch
+from lab.patch import Carry, Delta, Dense, LowRank, Provenance, WeightPatch
 from lab.peft_export import import_peft
 from lab.stack import Mode
 from tests.tiny import FAMILIES, tiny_handle
@@ -256,6 +257,32 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     assert (folder / "patch.json").read_bytes() == (
         patch.save(tmp_path / "other") / "patch.json"
     ).read_bytes()
+
+
+def test_what_is_carried_for_later_edits_is_saved_and_counts(tmp_path: Path) -> None:
+    handle = tiny_handle("llama")
+    bare = make_patch(handle, 1)
+    keys = {"layer 1": torch.arange(6, dtype=torch.float64).reshape(3, 2) / 7, "count": torch.tensor([4.0])}
+    patch = replace(bare, carry=(Carry("first", keys), Carry("second", {"mean": torch.ones(2)})))
+    assert patch.id != bare.id
+    assert patch.id != replace(bare, carry=patch.carry[:1]).id
+    again = WeightPatch.load(patch.save(tmp_path / "patch"))
+    assert again.id == patch.id
+    assert [each.kind for each in again.carry] == ["first", "second"]
+    for saved, kept in zip(again.carry, patch.carry, strict=True):
+        assert saved.tensors.keys() == kept.tensors.keys()
+        for name, tensor in saved.tensors.items():
+            assert tensor.dtype == kept.tensors[name].dtype
+            assert torch.equal(tensor, kept.tensors[name])
+    # Readers that know nothing of it must refuse such a patch, and go on reading the others.
+    versions = [json.loads((folder / "patch.json").read_text())["format_version"]
+                for folder in (tmp_path / "patch", bare.save(tmp_path / "bare"))]  # fmt: skip
+    assert versions == [2, 1]
+    other = replace(make_patch(handle, 2), carry=(Carry("third", {}),))
+    assert [each.kind for each in (patch + other).carry] == ["first", "second", "third"]
+    assert patch.scaled(-1.0).carry == patch.carry
+    with pytest.raises(PatchError, match=r"'second'.*NaN"):
+        Carry("second", {"mean": torch.tensor([float("nan")])})
 
 
 def test_interrupted_save_leaves_the_old_patch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
