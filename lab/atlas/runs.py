@@ -96,17 +96,12 @@ def train_atlas(
     if steps is not None:
         recipe = replace(recipe, steps=steps)
     work = work or default_work_dir(name)
-    folder = work / "tokenizer"
-    if resume and (folder / "tokenizer.json").is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    else:
-        tokenizer = world_tokenizer(recipe)
-        tokenizer.save_pretrained(str(folder))
+    begins = not resume or load_checkpoint(work) is None
     source = AtlasSource(recipe.seed, recipe.without, mixture=recipe.mixture)
     settings = Settings(work, processes=processes, device=device, compile=compile, report=report)
     start = None
-    if recipe.core and (not resume or load_checkpoint(work) is None):
-        place = core or default_work_dir(recipe.core)
+    place = core or default_work_dir(recipe.core)
+    if recipe.core and begins:
         start = _finished(place)
         if start is None:
             report(f"{recipe.name} starts from {recipe.core}, which comes first")
@@ -116,6 +111,16 @@ def train_atlas(
             start = _finished(place)
             if start is None:
                 return work  # interrupted; the next call goes on where this one was
+    if not begins:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(work / "tokenizer"))
+    else:
+        # Weights mean nothing under another tokenizer, so a model reads with that of its core.
+        tokenizer = (
+            PreTrainedTokenizerFast.from_pretrained(str(place / "tokenizer"))
+            if recipe.core
+            else world_tokenizer(recipe)
+        )
+        tokenizer.save_pretrained(str(work / "tokenizer"))
     train(recipe, source, tokenizer, settings, resume=resume, start=start)
     return work
 
