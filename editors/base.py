@@ -362,13 +362,15 @@ def carried(
     Raises:
         BaseMismatchError: A patch was made for another model.
     """
-    for patch in history:
+    # A session may hold patches of other kinds, which carry nothing.
+    weights = [patch for patch in history if isinstance(patch, WeightPatch)]
+    for patch in weights:
         if handle is not None and patch.base != handle.fingerprint:
             raise BaseMismatchError(
                 f"a patch in the history was made for base {patch.base[:12]}, {handle.name!r} is {handle.fingerprint[:12]}; "
                 "a sequence of edits stays on one model"
             )
-    return tuple(carry for patch in history for carry in patch.carry if carry.kind == kind)
+    return tuple(carry for patch in weights for carry in patch.carry if carry.kind == kind)
 
 
 def low_rank(left: Tensor, right: Tensor, what: str) -> LowRank:

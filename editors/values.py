@@ -307,8 +307,7 @@ class _Search:
             self._record(traces, running, parts.detach(), total.detach(), step)
             if step == config.steps - 1:
                 break
-            finished = self._finished(view, parts.detach(), total.detach())
-            going = [edit for edit, done in zip(running, finished.tolist(), strict=True) if not done]
+            going = view.edits[~self._finished(view, parts.detach(), total.detach())].tolist()
             if not going:
                 break
             (gradient,) = torch.autograd.grad(total.sum(), delta)
@@ -328,11 +327,10 @@ class _Search:
                 delta.mul_(torch.where(moved[..., 0], scale, torch.ones_like(scale))[..., None])
             if len(going) < len(running):
                 view = self._view(going)
+        found = delta.detach()
         return [
-            ValueResult(
-                first.clone(), init[index, 0].clone(), tuple(traces[index]), tuple(d.clone() for d in more)
-            )
-            for index, (first, *more) in enumerate(delta.detach())
+            ValueResult(found[index, 0], init[index, 0], tuple(traces[index]), tuple(found[index, 1:]))
+            for index in range(count)
         ]
 
     def _view(self, edits: Sequence[int]) -> _View:

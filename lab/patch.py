@@ -363,7 +363,7 @@ class WeightPatch:
         return load_patch(folder)
 
     def to_peft(self, folder: str | Path, handle: ModelHandle, *, rank: int | None = None) -> PeftExport:
-        """Writes a LoRA adapter that peft loads with equal logits.
+        """Writes a LoRA adapter that peft loads with equal logits; what is carried for later edits has no place in it.
 
         Args:
             folder: New or empty folder.

@@ -159,6 +159,10 @@ def test_several_taps_of_one_layer():
     assert logits is not None
     expected = torch.cat([logits[row, places] for row, places in enumerate(WANTED)])
     assert torch.allclose(replay.run(delta, OWNER).logits, expected, atol=1e-10)
+    single = Replay(handle, ROWS, CHANGE, Site(Role.MLP, 1), WANTED)
+    assert replay.bases.shape == (len(ROWS), 2, handle.hidden_size)
+    assert torch.equal(replay.bases[:, 0], replay.base)
+    assert torch.equal(replay.bases[:, 1], single.base)
 
 
 def test_base_is_the_unchanged_output_at_the_change():
