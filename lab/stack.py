@@ -130,19 +130,7 @@ class PatchStack:
             raise ConfigError(f"unknown mode {mode!r}; use 'merge' or 'sidecar'")
         handle = self._handle
         with handle.writing():
-            if patch.base != handle.fingerprint:
-                raise BaseMismatchError(
-                    f"the patch was made for base {patch.base[:12]}, {handle.name!r} is {handle.fingerprint[:12]}; "
-                    "apply it to the model it was computed on"
-                )
-            present = {entry.patch.id for entry in self._entries}
-            missing = [parent for parent in patch.parents if parent not in present]
-            if missing and not allow_missing_parents:
-                raise MissingParentsError(
-                    f"the patch was computed on top of {', '.join(parent[:12] for parent in missing)}, not applied now; "
-                    "apply the parents first, or pass allow_missing_parents=True"
-                )
-            self._check_shapes(patch)
+            self.check(patch, allow_missing_parents=allow_missing_parents)
             entry = Applied(patch, mode, self)
             self._entries.append(entry)
             try:
@@ -155,6 +143,23 @@ class PatchStack:
                 self._remove(entry)
                 raise
             return entry
+
+    def check(self, patch: WeightPatch, *, allow_missing_parents: bool = False) -> None:
+        """Raises what ``apply`` would raise of a patch that does not belong on this model as it stands."""
+        handle = self._handle
+        if patch.base != handle.fingerprint:
+            raise BaseMismatchError(
+                f"the patch was made for base {patch.base[:12]}, {handle.name!r} is {handle.fingerprint[:12]}; "
+                "apply it to the model it was computed on"
+            )
+        present = {entry.patch.id for entry in self._entries}
+        missing = [parent for parent in patch.parents if parent not in present]
+        if missing and not allow_missing_parents:
+            raise MissingParentsError(
+                f"the patch was computed on top of {', '.join(parent[:12] for parent in missing)}, not applied now; "
+                "apply the parents first, or pass allow_missing_parents=True"
+            )
+        self._check_shapes(patch)
 
     def undo(self, entry: Applied) -> UndoReport:
         """Takes one entry off and replays the rest; see ``Applied.undo``."""

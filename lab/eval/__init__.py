@@ -7,10 +7,13 @@
 """
 
 from lab.eval.atlas import atlas_cases
+from lab.eval.baseline import BaselineCache
+from lab.eval.journal import Journal, Step
 from lab.eval.probe import Observation, Probe, Rating, Respondent
 from lab.eval.report import CaseRow, Report, save_reports
 from lab.eval.respond import ModelRespondent
-from lab.eval.run import BaselineCache, evaluate, evaluate_editing
+from lab.eval.retention import Retention
+from lab.eval.run import evaluate, evaluate_editing
 from lab.eval.stats import Estimate, harmonic
 from lab.eval.suite import PromptMeasure, Suite
 from lab.eval.suites import SUITES, SuiteOptions, get_suite
@@ -20,6 +23,7 @@ __all__ = [
     "BaselineCache",
     "CaseRow",
     "Estimate",
+    "Journal",
     "ModelRespondent",
     "Observation",
     "Probe",
@@ -27,6 +31,8 @@ __all__ = [
     "Rating",
     "Report",
     "Respondent",
+    "Retention",
+    "Step",
     "Suite",
     "SuiteOptions",
     "atlas_cases",

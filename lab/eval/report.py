@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lab.data.cases import EditCase, Skip
 from lab.errors import ConfigError
 from lab.eval.probe import Observation
+from lab.eval.retention import Retention
 from lab.eval.stats import Estimate
 from lab.eval.suite import Suite, Values
 from lab.records import write_text_atomically
@@ -90,6 +91,7 @@ class Report:
         settings: What else defines the figures: protocol, source, convention, options.
         notes: Remarks a reader must see.
         extra: Further tables by name.
+        retention: How each edit of a sequence held while others followed, where that was measured.
         cases: One row per case.
         definition: The suite, for ``against``; not saved.
         asked: The cases, for ``against``; not saved.
@@ -111,6 +113,7 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     extra: Mapping[str, MetricTable] = field(default_factory=dict)
+    retention: Retention | None = None
     cases: tuple[CaseRow, ...] = ()
     definition: Suite | None = field(default=None, repr=False, compare=False)
     asked: tuple[EditCase, ...] = field(default=(), repr=False, compare=False)
@@ -173,6 +176,7 @@ class Report:
             "settings": dict(self.settings),
             "notes": list(self.notes),
             "extra": {name: table(metrics) for name, metrics in self.extra.items()},
+            "retention": None if self.retention is None else self.retention.to_json(),
             "cases": [row.to_json() for row in self.cases],
         }
 
