@@ -147,6 +147,8 @@ class EditingRun:
     ) -> Iterator[tuple[EditCase, Patch, tuple[str, ...], Answers]]:
         """Each case with its patch and the answers under it; patches that can share passes wait for each other."""
         group: list[tuple[EditCase, Any, tuple[str, ...]]] = []
+        # An edit that is to be remembered must not wait for the next one to be computed.
+        waits = self.plan.journal is None or isinstance(self.editor, ManyEditor)
         for case, patch in self._patches(cases):
             try:
                 remarks = self._remarks(patch, [case])
@@ -162,6 +164,9 @@ class EditingRun:
                 yield from self._together_asked(group)
                 group = []
             group.append((case, patch, remarks))
+            if not waits:
+                yield from self._together_asked(group)
+                group = []
         yield from self._together_asked(group)
 
     def _together_asked(
