@@ -7,6 +7,7 @@
 """
 
 from lab.eval.atlas import atlas_cases
+from lab.eval.atlas_chains import atlas_chain_cases
 from lab.eval.baseline import BaselineCache
 from lab.eval.journal import Journal, Step
 from lab.eval.probe import Observation, Probe, Rating, Respondent
@@ -14,6 +15,7 @@ from lab.eval.report import CaseRow, Report, save_reports
 from lab.eval.respond import ModelRespondent
 from lab.eval.retention import Retention
 from lab.eval.run import evaluate, evaluate_editing
+from lab.eval.sources import suite_cases
 from lab.eval.stats import Estimate, harmonic
 from lab.eval.suite import PromptMeasure, Suite
 from lab.eval.suites import SUITES, SuiteOptions, get_suite
@@ -36,9 +38,11 @@ __all__ = [
     "Suite",
     "SuiteOptions",
     "atlas_cases",
+    "atlas_chain_cases",
     "evaluate",
     "evaluate_editing",
     "get_suite",
     "harmonic",
     "save_reports",
+    "suite_cases",
 ]
