@@ -56,11 +56,7 @@ class Retention:
 
     def by_age(self) -> dict[int, Estimate]:
         """Number of edits made since an edit to the share of edits of that age that held."""
-        ages: dict[int, list[float]] = {}
-        for moment in self.moments:
-            for index, value in enumerate(moment.held):
-                ages.setdefault(len(moment.held) - 1 - index, []).append(value)
-        return {age: summarise(values) for age, values in sorted(ages.items())}
+        return held_by_age([self])
 
     def by_number(self) -> dict[int, Estimate]:
         """Number of edits made to the share of them that held."""
@@ -79,6 +75,16 @@ class Retention:
     def from_json(cls, row: Mapping[str, Any]) -> Retention:
         """Inverse of ``to_json``."""
         return cls(tuple(row["cases"]), tuple(Moment.from_json(moment) for moment in row["moments"]))
+
+
+def held_by_age(sequences: Sequence[Retention]) -> dict[int, Estimate]:
+    """``Retention.by_age`` over several sequences together."""
+    ages: dict[int, list[float]] = {}
+    for sequence in sequences:
+        for moment in sequence.moments:
+            for index, value in enumerate(moment.held):
+                ages.setdefault(len(moment.held) - 1 - index, []).append(value)
+    return {age: summarise(values) for age, values in sorted(ages.items())}
 
 
 def measure_moment(respondent: Respondent, cases: Sequence[EditCase]) -> Moment:
