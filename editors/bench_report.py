@@ -78,11 +78,13 @@ class Comparison:
     """All entries of a comparison, and the cells that failed.
 
     Attributes:
-        entries: In the order of the cells.
+        entries: By suite, model and editor.
+        rows: Finished cells, in their order.
         failed: Cells with their errors.
     """
 
     entries: tuple[Entry, ...]
+    rows: tuple[Row, ...]
     failed: tuple[Row, ...] = ()
 
     @classmethod
@@ -96,7 +98,8 @@ class Comparison:
             Entry(editor, suite, model, tuple(found), _report(found))
             for (suite, model, editor), found in groups.items()
         ]
-        return cls(tuple(entries), tuple(row for row in rows if "error" in row))
+        finished, failed = ([row for row in rows if ("error" in row) is bad] for bad in (False, True))
+        return cls(tuple(entries), tuple(finished), tuple(failed))
 
     def groups(self) -> list[list[Entry]]:
         """Entries that may stand in one table: of one suite and model."""
@@ -128,9 +131,7 @@ class Comparison:
 
     def to_json(self) -> Row:
         """``rows``: one per cell; ``pooled``: one per entry, over all seeds; ``failed``: cells with their errors."""
-        rows = [
-            {k: v for k, v in row.items() if k != "cases"} for entry in self.entries for row in entry.rows
-        ]
+        rows = [{name: value for name, value in row.items() if name != "cases"} for row in self.rows]
         pooled = []
         for entry in self.entries:
             tables = {"metrics": entry.report.metrics, "before": entry.report.before}
