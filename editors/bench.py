@@ -302,7 +302,13 @@ def _row(
         "peak_mb": peak,
         "attention_drift": drift,
         "cases": [
-            {"id": row.id, "values": row.values, "before": row.before, "known": row.known}
+            {
+                "id": row.id,
+                "values": row.values,
+                "before": row.before,
+                "right_after": row.right_after,
+                "known": row.known,
+            }
             for row in report.cases
         ],
     }
@@ -319,14 +325,18 @@ def pool_cases(suite: Suite, cases: Iterable[Row]) -> tuple[Row, int]:
     than what was seen.
 
     Returns:
-        ``{"metrics": ..., "before": ...}`` as estimates, and the number of different cases.
+        Estimates ``metrics``, ``before`` and (empty outside a sequence) ``right_after_edit``, and the number of different cases.
     """
     by_id: dict[str, list[Row]] = {}
     for case in cases:
         by_id.setdefault(case["id"], []).append(case)
     tables = {
         name: suite.summarise([_mean_values([row[source] for row in rows]) for rows in by_id.values()])
-        for name, source in (("metrics", "values"), ("before", "before"))
+        for name, source in (
+            ("metrics", "values"),
+            ("before", "before"),
+            ("right_after_edit", "right_after"),
+        )
     }
     return tables, len(by_id)
 

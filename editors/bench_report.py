@@ -7,7 +7,7 @@ import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,15 @@ class Entry:
         """Name and figure of the first headline that there is."""
         found = self.report.metrics
         return next(((name, found[name]) for name in HEADLINES if name in found), None)
+
+    @property
+    def columns(self) -> list[Report]:
+        """What stands in a table: in a sequence right after each edit, then after all edits."""
+        right_after = self.report.extra.get("right_after_edit")
+        if not right_after:
+            return [self.report]
+        early = replace(self.report, editor=f"{self.editor} right after", metrics=right_after, notes=())
+        return [early, replace(self.report, editor=f"{self.editor} after all")]
 
     @property
     def retention(self) -> tuple[Retention, ...]:
@@ -134,7 +143,7 @@ class Comparison:
         rows = [{name: value for name, value in row.items() if name != "cases"} for row in self.rows]
         pooled = []
         for entry in self.entries:
-            tables = {"metrics": entry.report.metrics, "before": entry.report.before}
+            tables = {"metrics": entry.report.metrics, "before": entry.report.before, **entry.report.extra}
             pooled.append(
                 {
                     "editor": entry.editor,
@@ -170,6 +179,11 @@ class Comparison:
         return paths
 
 
+def columns(group: Sequence[Entry]) -> list[Report]:
+    """The columns of the table of one suite and model."""
+    return [report for entry in group for report in entry.columns]
+
+
 def _report(rows: Sequence[Row]) -> Report:
     """Cells of several seeds as one report."""
     first = rows[0]
@@ -197,6 +211,7 @@ def _report(rows: Sequence[Row]) -> Report:
         drawn=n,
         seconds=sum(row["seconds"] for row in rows),
         settings={**settings, "seeds": [row["seed"] for row in rows]},
+        extra={"right_after_edit": tables["right_after_edit"]} if tables["right_after_edit"] else {},
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -207,7 +222,7 @@ def _report(rows: Sequence[Row]) -> Report:
 def markdown(found: Comparison) -> str:
     """The overview, then a table for each suite and model."""
     parts = [render.markdown_table(*found.overview())]
-    parts += [render.markdown([entry.report for entry in group]) for group in found.groups()]
+    parts += [render.markdown(columns(group)) for group in found.groups()]
     if found.failed:
         lines = [
             f"- {row['editor']} on {row['suite']}, {row['model']}: {row['error']}" for row in found.failed
@@ -219,7 +234,7 @@ def markdown(found: Comparison) -> str:
 def latex(found: Comparison) -> str:
     """The same as LaTeX tables."""
     parts = [render.latex_table(*found.overview(), "Editors compared")]
-    return "\n".join([*parts, *(render.latex([entry.report for entry in group]) for group in found.groups())])
+    return "\n".join([*parts, *(render.latex(columns(group)) for group in found.groups())])
 
 
 def csv_text(found: Comparison) -> str:
@@ -255,7 +270,7 @@ def page(found: Comparison) -> str:
             "<h2>Time and memory</h2>" + html.figure_html(cost_plot(found.entries), "time and memory")
         )
     for group in found.groups():
-        reports = [entry.report for entry in group]
+        reports = columns(group)
         parts.append(f"<h2>{escape(render.title(reports))}</h2>")
         parts += [f'<p class="note">{escape(note)}</p>' for note in render.remarks(reports)]
         parts.append(html.html_table(*render.grid(reports)))
@@ -285,6 +300,7 @@ def page(found: Comparison) -> str:
 def retention_plot(curves: Mapping[str, Sequence[Retention]]) -> Figure:
     """Share of edits that still hold, by how many edits were made since; one line per editor, with its interval."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if not curves:
         raise ConfigError("no retention was measured; only the sequential protocol does")
@@ -296,6 +312,7 @@ def retention_plot(curves: Mapping[str, Sequence[Retention]]) -> Figure:
         (line,) = axes.plot(ages, [table[age].mean for age in ages], marker=".", label=html.plain_label(name))
         low, high = ([getattr(table[age], end) for age in ages] for end in ("low", "high"))
         axes.fill_between(ages, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="edits made since", ylabel="edits that still hold", ylim=(-0.02, 1.02))
     axes.legend(frameon=False)
     return figure

@@ -180,7 +180,8 @@ def bench_editing(
     if not (out / CELLS).is_dir():
         check_out(out, force)
     from editors.bench import BenchOptions, cell_file, plan_cells
-    from editors.bench_report import Comparison
+    from editors.bench_report import Comparison, columns
+    from lab.eval.render import rich_table
 
     names = [name.strip() for name in editors.split(",") if name.strip()]
     suites, seeds = suite or ["atlas"], seed or [0]
@@ -211,9 +212,7 @@ def bench_editing(
     heads, lines = found.overview()
     screen.print(table("Editors compared", heads, lines))
     for group in found.groups():
-        from lab.eval.render import rich_table
-
-        screen.print(rich_table([entry.report for entry in group]))
+        screen.print(rich_table(columns(group)))
     content = found.to_json() | {
         "seeds": seeds,
         "protocol": protocol.value,

@@ -118,6 +118,10 @@ def test_a_sequence_shows_how_edits_hold(capsys, tmp_path, standin):
     assert set(row["extra"]["right_after_edit"]) == set(row["metrics"])
     page = (tmp_path / "out" / "bench.html").read_text(encoding="utf-8")
     assert "retention curves" in page
+    (entry,) = document["pooled"]
+    assert entry["right_after_edit"] == row["extra"]["right_after_edit"]
+    heads = (tmp_path / "out" / "bench.md").read_text().split("| metric |")[1].splitlines()[0]
+    assert heads == " before | rome_identity right after | rome_identity after all | n |"
 
 
 def test_a_run_that_fails_does_not_take_the_others_down(capsys, tmp_path, standin):

@@ -73,7 +73,6 @@ class EditingRun:
 
     Attributes:
         done: The finished cases.
-        right_after: Under ``sequential``, the values of each case right after its own edit.
         retention: Under ``sequential``, where it was asked for.
         remarks: What the guard said of patches that it let pass.
     """
@@ -92,7 +91,7 @@ class EditingRun:
         self.respondent, self.before, self.plan = respondent, before, plan
         self.progress: Progress = plan.progress or (lambda stage, done, total: None)
         self.done: list[CaseRow] = []
-        self.right_after: list[Values] = []
+        self._right_after: dict[str, Values] = {}
         self.retention: Retention | None = None
         self.remarks: list[str] = []
 
@@ -273,7 +272,7 @@ class EditingRun:
                     self.remarks += remarks
                     if step is None:
                         step = self._keep(self._measured(case, kept, change, remarks, base[case.id]))
-                    self.right_after.append(step.row.values if step.row is not None else {})
+                    self._right_after[case.id] = step.row.values if step.row is not None else {}
                     moments += [step.moment] if step.moment is not None else []
                 self.progress("edited in sequence", number, len(drawn))
             if self.plan.retention_every and kept:
@@ -331,7 +330,8 @@ class EditingRun:
         base: Mapping[str, Observation],
     ) -> CaseRow:
         now, then = self.suite.values(case, seen, base), self.suite.values(case, base, base)
-        return replace(case_row(case, now, then, seen, base), known=known)
+        row = case_row(case, now, then, seen, base)
+        return replace(row, known=known, right_after=self._right_after.get(case.id, {}))
 
 
 def ask(

@@ -40,6 +40,7 @@ class CaseRow:
         known: Whether the model's greedy answer before was the old one; ``None`` where the file does not give it.
         p_before: Probability of the target before, or ``None``.
         p_after: Probability of the target after, or ``None``.
+        right_after: In a sequence, the case's values right after its own edit; ``values`` are those after all edits.
     """
 
     id: str
@@ -51,6 +52,7 @@ class CaseRow:
     known: bool | None = None
     p_before: float | None = None
     p_after: float | None = None
+    right_after: Values = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON form; several values of one metric are given as their mean."""

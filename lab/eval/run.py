@@ -154,8 +154,8 @@ def evaluate_editing(
         reason = draw.skipped[0].reason if draw.skipped else "the source holds none"
         raise DataError(f"not one case could be evaluated; the first reason: {reason}", cases.source)
     extra: dict[str, MetricTable] = {}
-    if run.right_after:
-        extra["right_after_edit"] = suite.summarise(run.right_after)
+    if protocol == "sequential":
+        extra["right_after_edit"] = suite.summarise([row.right_after for row in run.done])
     return Report(
         suite=suite.name,
         model=handle.name,

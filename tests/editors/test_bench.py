@@ -83,7 +83,8 @@ def test_a_case_that_several_seeds_drew_counts_once():
     suite = get_suite("counterfact")
 
     def case(name, efficacy, known=True):
-        return {"id": name, "values": {"efficacy": [efficacy]}, "before": {"efficacy": [0.0]}, "known": known}
+        values = {"values": {"efficacy": [efficacy]}, "before": {"efficacy": [0.0]}, "right_after": {}}
+        return {"id": name, "known": known, **values}
 
     tables, n = pool_cases(suite, [case("a", 1.0), case("b", 1.0), case("a", 0.0)])
     assert n == 2
@@ -91,10 +92,10 @@ def test_a_case_that_several_seeds_drew_counts_once():
     assert tables["before"]["efficacy"].mean == 0
     pooled = get_suite("sadr")
     rows = [
-        {"id": "a", "values": {"efficacy": [1.0, 0.0]}, "before": {}},
-        {"id": "a", "values": {"efficacy": [1.0, 1.0]}, "before": {}},
-        {"id": "b", "values": {"efficacy": [1.0]}, "before": {}},
-        {"id": "b", "values": {"efficacy": [0.0, 0.0]}, "before": {}},
+        {"id": "a", "values": {"efficacy": [1.0, 0.0]}, "before": {}, "right_after": {}},
+        {"id": "a", "values": {"efficacy": [1.0, 1.0]}, "before": {}, "right_after": {}},
+        {"id": "b", "values": {"efficacy": [1.0]}, "before": {}, "right_after": {}},
+        {"id": "b", "values": {"efficacy": [0.0, 0.0]}, "before": {}, "right_after": {}},
     ]
     found = pool_cases(pooled, rows)[0]["metrics"]["efficacy"]
     assert (found.n, found.mean) == (5, pytest.approx((1 + 0.5 + 1 + 0 + 0) / 5))
