@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,9 +11,6 @@ from editors import cli_options as edit
 from lab.cli import options as opt
 from lab.cli.output import check_out, console, progress, write_json
 from lab.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lab.data import CaseSet
 
 app = typer.Typer()
 
@@ -23,9 +20,9 @@ SUITE_PANEL = "Suite"
 
 _HELP = """Edit the facts of a suite and measure what changed: the edit itself, its wordings, its neighborhood.
 
-Suites: counterfact, knowedit, zsre, mquake, sadr, atlas (`knowlab list suites`). A row that breaks the file's schema stops the run with
-file and line; a row that the method cannot take is listed under `skipped` and another is drawn. More than 5 % skipped ends with exit
-code 3. Without `--editor` the model is measured as it is.
+Suites: counterfact, knowedit, zsre, mquake, sadr, atlas, atlas_chains (`knowlab list suites`). A row that breaks the file's schema
+stops the run with file and line; a row that the method cannot take is listed under `skipped` and another is drawn. More than 5 %
+skipped ends with exit code 3. Without `--editor` the model is measured as it is.
 
 Examples:
 
@@ -55,29 +52,6 @@ class Convention(StrEnum):
 
     EASYEDIT = "easyedit"
     ROME = "rome"
-
-
-def load_suite_cases(
-    suite: str, data: str | None, *, split: str, seed: int, skip_malformed: bool, convention: str
-) -> CaseSet:
-    """The cases of a suite: from ``data``, from the built-in world, or from the hub.
-
-    Raises:
-        ConfigError: The suite needs a file and none was given.
-        DataError: The source cannot be read or breaks its schema.
-    """
-    from lab.data import HUB, ReadOptions, load_cases
-    from lab.eval import atlas_cases
-
-    if suite == "atlas":
-        if data is not None:
-            raise ConfigError("the suite atlas is built in; it takes --split, not --data")
-        return atlas_cases(seed=seed, split="dev" if split == "dev" else "test")
-    source = data if data is not None else HUB.get(suite)
-    if source is None:
-        raise ConfigError(f"the suite {suite!r} has no official place on the hub; give its file with --data")
-    options = ReadOptions(convention=convention, seed=seed)
-    return load_cases(source, suite=suite, skip_malformed=skip_malformed, options=options)
 
 
 @app.command("eval", help=_HELP)
@@ -162,9 +136,9 @@ def evaluate_suite(
     elif preset or settings:
         raise ConfigError("--preset and --set belong to --editor")
     from lab.cli.session import open_model
-    from lab.eval import ModelRespondent, evaluate, evaluate_editing
+    from lab.eval import ModelRespondent, evaluate, evaluate_editing, suite_cases
 
-    cases = load_suite_cases(
+    cases = suite_cases(
         suite, data, split=split.value, seed=seed, skip_malformed=skip_malformed, convention=convention.value
     )
     handle = open_model(model, patch, device=device, dtype=dtype)

@@ -158,7 +158,9 @@ class Prepared:
     def __init__(self, patches: Mapping[str, WeightPatch | MemoryPatch]) -> None:
         self._patches = patches
 
-    def edit(self, handle: ModelHandle, requests: Sequence[EditRequest]) -> WeightPatch | MemoryPatch:
+    def edit(
+        self, handle: ModelHandle, requests: Sequence[EditRequest], *, history: Any = None
+    ) -> WeightPatch | MemoryPatch:
         """The patch of the one request."""
         (request,) = requests
         return self._patches[request.id]
@@ -183,7 +185,8 @@ def run_demo(
     """
     from lab.attention import attention_drift
     from lab.data.cases import CaseSet
-    from lab.eval.run import BaselineCache, evaluate_editing
+    from lab.eval.baseline import BaselineCache
+    from lab.eval.run import evaluate_editing
     from lab.eval.suites import SuiteOptions, get_suite
 
     started = time.perf_counter()

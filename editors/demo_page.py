@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import tempfile
 from html import escape
 from itertools import groupby
@@ -61,8 +60,9 @@ def _case_table(case_id: str, lines: list[Line], names: list[str]) -> str:
 
 
 def _drift(report: DriftReport, name: str) -> str:
+    from lab.eval.html import png_html
+
     with tempfile.TemporaryDirectory() as folder:
-        data = report.plot(Path(folder) / "drift.png").read_bytes()
-    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        image = png_html(report.plot(Path(folder) / "drift.png").read_bytes(), name)
     worst = max(float(value) for value in report.max_head)
-    return f'<p>Largest head, mean over {len(report.prompts)} prompts: {worst:+.3f} at most.</p><img alt="{escape(name)}" src="{source}">'
+    return f"<p>Largest head, mean over {len(report.prompts)} prompts: {worst:+.3f} at most.</p>{image}"

@@ -28,6 +28,7 @@ __all__ = [
     "DriftReport",
     "attention_drift",
     "capture_rows",
+    "plot_drift",
     "replace_rows",
     "restored_logits",
 ]
@@ -71,21 +72,32 @@ class DriftReport:
 
     def plot(self, path: str | Path) -> Path:
         """Writes a PNG: drift by layer and head, and the largest head's drift by layer."""
-        from lab.plots import heat_map
+        return plot_drift(path, self.drift, self.max_head, len(self.prompts))
 
-        drift = self.drift
-        limit = max(float(drift.abs().max()), 1e-6)
-        return heat_map(
-            path,
-            drift,
-            title=f"Attention drift towards the subject ({len(self.prompts)} prompts)",
-            rows="layer",
-            columns="head",
-            bar="attention after − before",
-            limits=(-limit, limit),
-            colors="RdBu_r",
-            side=("largest head", self.max_head),
-        )
+
+def plot_drift(path: str | Path, drift: Tensor, max_head: Tensor, prompts: int) -> Path:
+    """The plot of a ``DriftReport`` from its numbers.
+
+    Args:
+        path: The PNG.
+        drift: ``[layer, head]``.
+        max_head: ``[layer]``.
+        prompts: How many prompts they are means over.
+    """
+    from lab.plots import heat_map
+
+    limit = max(float(drift.abs().max()), 1e-6)
+    return heat_map(
+        path,
+        drift,
+        title=f"Attention drift towards the subject ({prompts} prompts)",
+        rows="layer",
+        columns="head",
+        bar="attention after − before",
+        limits=(-limit, limit),
+        colors="RdBu_r",
+        side=("largest head", max_head),
+    )
 
 
 def _prompt_rows(

@@ -6,7 +6,8 @@
     ├── UnsupportedModelError (ValueError)      a model family that the architecture table cannot describe
     ├── RequestError (ValueError)               an edit or forget request that cannot be carried out
     │   ├── SubjectNotFoundError                the subject does not occur in the prompt
-    │   └── EmptyTargetError                    the target has no tokens
+    │   ├── EmptyTargetError                    the target has no tokens
+    │   └── BudgetError                         the edit would change more around it than it may
     ├── DataError (ValueError)                  a malformed row or file; knows file and line
     ├── PatchError (ValueError)
     │   ├── BaseMismatchError                   the patch was made for another model
@@ -70,6 +71,10 @@ class SubjectNotFoundError(RequestError):
 
 class EmptyTargetError(RequestError):
     """The target of a request has no tokens."""
+
+
+class BudgetError(RequestError):
+    """An edit whose side effects exceed the budget of its session."""
 
 
 class DataError(KnowLabError, ValueError):

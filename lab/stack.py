@@ -179,9 +179,13 @@ class PatchStack:
         if mode not in ("merge", "sidecar"):
             raise ConfigError(f"unknown mode {mode!r}; use 'merge' or 'sidecar'")
         with self._handle.writing():
-            self._check_belongs(patch, allow_missing_parents)
-            self._check_shapes(patch)
+            self.check(patch, allow_missing_parents=allow_missing_parents)
             return self._enter(Applied(patch, mode, self, patch.deltas))
+
+    def check(self, patch: WeightPatch, *, allow_missing_parents: bool = False) -> None:
+        """Raises what ``apply`` would raise of a patch that does not belong on this model as it stands."""
+        self._check_belongs(patch, allow_missing_parents)
+        self._check_shapes(patch)
 
     def remember(self, patch: MemoryPatch, allow_missing_parents: bool) -> Applied:
         """Applies a memory patch; on any error the model is as before.

@@ -15,7 +15,8 @@ class CaseProbe:
 
     Attributes:
         group: What the prompt tests: ``rewrite``, ``paraphrase``, ``neighborhood``, ``relation``, ``portability``,
-            ``locality``, ``generation``, ``multi_hop``, ``hop``, ``commonsense``, ``opinion``, ``elsewhere``, ``erase``, ``qa``.
+            ``locality``, ``generation``, ``multi_hop``, ``unchanged``, ``hop``, ``commonsense``, ``opinion``, ``elsewhere``,
+            ``erase``, ``qa``.
         prompt: Filled text.
         answers: The right answer after the edit, then its aliases; empty where only the continuation matters.
         rival: The answer it competes with in comparisons of probabilities, or empty.

@@ -7,10 +7,15 @@
 """
 
 from lab.eval.atlas import atlas_cases
+from lab.eval.atlas_chains import atlas_chain_cases
+from lab.eval.baseline import BaselineCache
+from lab.eval.journal import Journal, Step
 from lab.eval.probe import Observation, Probe, Rating, Respondent
 from lab.eval.report import CaseRow, Report, save_reports
 from lab.eval.respond import ModelRespondent
-from lab.eval.run import BaselineCache, evaluate, evaluate_editing
+from lab.eval.retention import Retention
+from lab.eval.run import evaluate, evaluate_editing
+from lab.eval.sources import suite_cases
 from lab.eval.stats import Estimate, harmonic
 from lab.eval.suite import PromptMeasure, Suite
 from lab.eval.suites import SUITES, SuiteOptions, get_suite
@@ -20,6 +25,7 @@ __all__ = [
     "BaselineCache",
     "CaseRow",
     "Estimate",
+    "Journal",
     "ModelRespondent",
     "Observation",
     "Probe",
@@ -27,12 +33,16 @@ __all__ = [
     "Rating",
     "Report",
     "Respondent",
+    "Retention",
+    "Step",
     "Suite",
     "SuiteOptions",
     "atlas_cases",
+    "atlas_chain_cases",
     "evaluate",
     "evaluate_editing",
     "get_suite",
     "harmonic",
     "save_reports",
+    "suite_cases",
 ]

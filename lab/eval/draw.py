@@ -24,7 +24,7 @@ class Draw:
         suite: Says what will be asked, and so what has to fit into the model's context.
         handle: The model.
         cases: What to draw from.
-        seed: Orders the cases.
+        seed: Orders the cases; ``None`` keeps their order.
         unique: At most one case per subject.
         known_only: Only cases whose old answer is the model's greedy answer.
         ask: Asks the unedited model.
@@ -32,6 +32,7 @@ class Draw:
     Attributes:
         skipped: Cases left out so far, each with its reason.
         passed_over: Cases left out because their subject was taken.
+        heavy: Whether the suite keeps whole distributions.
         too_long: Prompts taken out of cases because they do not fit into the context.
     """
 
@@ -41,7 +42,7 @@ class Draw:
         handle: ModelHandle,
         cases: Sequence[EditCase],
         *,
-        seed: int,
+        seed: int | None,
         unique: bool,
         known_only: bool,
         ask: Callable[[Sequence[Probe]], list[Observation]],
@@ -53,8 +54,11 @@ class Draw:
         self._ask = ask
         self._unique = unique
         self._subjects: set[str] = set()
+        first = next((case for case in cases if not case.unsupported), None)
+        self.heavy = first is not None and any(probe.distribution for probe in suite.probes(first))
         order = list(cases)
-        random.Random(seed).shuffle(order)
+        if seed is not None:
+            random.Random(seed).shuffle(order)
         self._order = iter(order)
 
     def take(self, count: int) -> list[EditCase]:

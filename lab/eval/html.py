@@ -55,34 +55,35 @@ def report_sections(reports: Sequence[Report]) -> list[str]:
     heads, rows = grid(reports)
     parts = [f'<p class="note">{escape(note)}</p>' for note in remarks(reports)]
     parts.append("<p>Figures in points with 95 % intervals; fluency and divergences as they are.</p>")
-    parts.append(_table(heads, rows))
-    parts.append(_image(metric_plot(reports), "metrics before and after"))
+    parts.append(html_table(heads, rows))
+    parts.append(figure_html(metric_plot(reports), "metrics before and after"))
     for report in reports:
         name = escape(report.editor or report.model or "model")
         if any(row.p_after is not None for row in report.cases):
             parts.append(
-                f"<h2>Probability of the target, {name}</h2>{_image(probability_plot(report), 'probabilities')}"
+                f"<h2>Probability of the target, {name}</h2>{figure_html(probability_plot(report), 'probabilities')}"
             )
         for extra, table in report.extra.items():
             found = [[key, *_numbers(value)] for key, value in table.items()]
             parts.append(
-                f"<h2>{escape(extra)}, {name}</h2>{_table(['metric', 'mean', 'low', 'high', 'n'], found)}"
+                f"<h2>{escape(extra)}, {name}</h2>{html_table(['metric', 'mean', 'low', 'high', 'n'], found)}"
             )
         if report.cases:
             parts.append(f"<h2>Cases, {name}</h2>{_cases(report)}")
         if report.skipped:
             skipped = [[skip.file, str(skip.line), skip.reason] for skip in report.skipped[:_SHOWN_SKIPS]]
             parts.append(
-                f"<h2>Skipped, {name} ({len(report.skipped)})</h2>{_table(['file', 'line', 'reason'], skipped)}"
+                f"<h2>Skipped, {name} ({len(report.skipped)})</h2>{html_table(['file', 'line', 'reason'], skipped)}"
             )
         settings = [[key, str(value)] for key, value in report.settings.items()]
         parts.append(
-            f"<h2>Settings, {name}</h2>{_table(['setting', 'value'], [*settings, ['seconds', f'{report.seconds:.1f}']])}"
+            f"<h2>Settings, {name}</h2>{html_table(['setting', 'value'], [*settings, ['seconds', f'{report.seconds:.1f}']])}"
         )
     return parts
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; every text is escaped."""
     head = "".join(f"<th>{escape(value)}</th>" for value in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -101,7 +102,7 @@ def _cases(report: Report) -> str:
         [row.id, row.prompt, row.target_old or "–", row.target_new, number(row.p_before), number(row.p_after)]
         for row in report.cases[:_SHOWN_CASES]
     ]
-    return _table(["case", "prompt", "before", "target", "p before", "p after"], rows)
+    return html_table(["case", "prompt", "before", "target", "p before", "p after"], rows)
 
 
 def metric_plot(reports: Sequence[Report]) -> Figure:
@@ -125,9 +126,9 @@ def metric_plot(reports: Sequence[Report]) -> Figure:
         above = [max(0.0, high - mean) for _, mean, _, high in found]
         places = [place + (number - (len(shown) - 1) / 2) * height for place, *_ in found]
         axes.barh(
-            places, means, height, xerr=[below, above], label=_plain(head), error_kw={"elinewidth": 0.8}
+            places, means, height, xerr=[below, above], label=plain_label(head), error_kw={"elinewidth": 0.8}
         )
-    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
+    axes.set_yticks(range(len(names)), [plain_label(name) for name in names])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     if names:
@@ -160,12 +161,18 @@ def _is_fraction(name: str) -> bool:
     return not name.endswith(("_magnitude", "fluency", "_kl"))
 
 
-def _plain(text: str) -> str:
-    # A dollar sign opens a formula in matplotlib.
+def plain_label(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
     return text.replace("$", r"\$")
 
 
-def _image(figure: Figure, about: str) -> str:
+def figure_html(figure: Figure, about: str) -> str:
+    """A figure inside the page."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
-    return f'<p><img alt="{escape(about)}" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"></p>'
+    return png_html(out.getvalue(), about)
+
+
+def png_html(data: bytes, about: str) -> str:
+    """A PNG inside the page; ``about`` is its text for those who cannot see it."""
+    return f'<p><img alt="{escape(about)}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></p>'

@@ -34,8 +34,8 @@ class Patch(Protocol):
 class Editor(Protocol):
     """Computes a patch and leaves the model as it was."""
 
-    def edit(self, handle: ModelHandle, requests: Sequence[EditRequest]) -> Patch:
-        """One patch for all requests together."""
+    def edit(self, handle: ModelHandle, requests: Sequence[EditRequest], *, history: Any = None) -> Patch:
+        """One patch for all requests together; ``history`` holds the earlier patches of a sequence, where there is one."""
         ...
 
 
@@ -48,11 +48,11 @@ class ManyEditor(Protocol):
         ...
 
 
-class _Rounds:
+class Rounds:
     """Patches on top of each other: for requests that name a subject more than once, which no method takes in one call."""
 
     def __init__(self, patches: Sequence[Patch]) -> None:
-        self._patches = patches
+        self.patches = tuple(patches)
 
     @contextmanager
     def applied(self, handle: ModelHandle) -> Iterator[None]:
@@ -67,7 +67,7 @@ class _Rounds:
         """All of them in force until undone."""
         stack = _AppliedRounds([])
         try:
-            for patch in self._patches:
+            for patch in self.patches:
                 stack.applied.append(patch.apply(handle))
         except BaseException:
             stack.undo()
@@ -84,11 +84,32 @@ class _AppliedRounds:
             self.applied.pop().undo()
 
 
-def compute(editor: Editor, handle: ModelHandle, requests: Sequence[EditRequest]) -> Patch:
+def parts(patch: Patch) -> tuple[Patch, ...]:
+    """The patches that ``patch`` stands for: itself, or those of its rounds."""
+    return patch.patches if isinstance(patch, Rounds) else (patch,)
+
+
+def joined(patches: Sequence[Patch]) -> Patch:
+    """Inverse of ``parts``."""
+    return patches[0] if len(patches) == 1 else Rounds(patches)
+
+
+def compute(
+    editor: Editor,
+    handle: ModelHandle,
+    requests: Sequence[EditRequest],
+    history: Sequence[Patch] | None = None,
+) -> Patch:
     """One patch for all requests, or several in a row where they name a subject more than once.
 
     Some cases edit one subject twice (the questions of a Sanitation group). Where an editor refuses that in one call, because the
     later edit would overwrite the earlier, each repetition is computed on top of what came before it.
+
+    Args:
+        editor: The method.
+        handle: The model as it stands.
+        requests: What it should say.
+        history: Earlier patches of a sequence; outside one the editor is not told of any.
     """
     rounds: list[list[EditRequest]] = []
     for request in requests:
@@ -98,8 +119,14 @@ def compute(editor: Editor, handle: ModelHandle, requests: Sequence[EditRequest]
             part = []
             rounds.append(part)
         part.append(request)
+
+    def edit(part: Sequence[EditRequest], before: Sequence[Patch]) -> Patch:
+        if history is None:
+            return editor.edit(handle, list(part))
+        return editor.edit(handle, list(part), history=(*history, *before))
+
     try:
-        return editor.edit(handle, list(requests))
+        return edit(requests, ())
     except RequestError:
         if len(rounds) <= 1:
             raise
@@ -107,8 +134,8 @@ def compute(editor: Editor, handle: ModelHandle, requests: Sequence[EditRequest]
     stack = _AppliedRounds([])
     try:
         for part in rounds:
-            patches.append(editor.edit(handle, part))
+            patches.append(edit(part, patches))
             stack.applied.append(patches[-1].apply(handle))
     finally:
         stack.undo()
-    return _Rounds(patches)
+    return Rounds(patches)

@@ -101,22 +101,19 @@ def rich_table(reports: Sequence[Report]) -> Table:
     return table
 
 
-def markdown(reports: Sequence[Report]) -> str:
-    """A Markdown table with title and remarks."""
-    heads, rows = grid(reports)
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is set to the left, the others to the right."""
 
     def line(values: Sequence[str]) -> str:
         return "| " + " | ".join(value.replace("|", "\\|").replace("\n", " ") for value in values) + " |"
 
-    parts = [
-        f"**{title(reports)}**",
-        "",
-        line(heads),
-        line(["---", *["---:"] * (len(heads) - 1)]),
-        *map(line, rows),
-    ]
+    return "\n".join([line(heads), line(["---", *["---:"] * (len(heads) - 1)]), *map(line, rows)]) + "\n"
+
+
+def markdown(reports: Sequence[Report]) -> str:
+    """A Markdown table with title and remarks."""
     notes = [f"- {note}" for note in remarks(reports)]
-    return "\n".join([*parts, "", *notes]).rstrip() + "\n"
+    return f"**{title(reports)}**\n\n{markdown_table(*grid(reports))}\n{chr(10).join(notes)}".rstrip() + "\n"
 
 
 def csv_text(reports: Sequence[Report]) -> str:
@@ -131,7 +128,7 @@ def csv_text(reports: Sequence[Report]) -> str:
                 [
                     first.suite if first else "",
                     first.model if first else "",
-                    _tame(head),
+                    tame(head),
                     name,
                     *_parts(value),
                 ]
@@ -145,7 +142,8 @@ def _parts(estimate: Estimate) -> list[float | str]:
     ]
 
 
-def _tame(text: str) -> str:
+def tame(text: str) -> str:
+    """Text that a spreadsheet does not take for a formula."""
     # Spreadsheets run a field that starts like a formula.
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
@@ -170,14 +168,18 @@ def latex_escape(text: str) -> str:
     return "".join(_LATEX.get(char, char) for char in text)
 
 
-def latex(reports: Sequence[Report]) -> str:
+def latex_table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
     """A ``table`` with booktabs rules; needs ``\\usepackage{booktabs}``."""
-    heads, rows = grid(reports)
 
     def line(values: Sequence[str]) -> str:
         return " & ".join(latex_escape(value) for value in values) + r" \\"
 
     body = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule"]
     body += [line(heads), r"\midrule", *map(line, rows), r"\bottomrule", r"\end{tabular}"]
-    body += [rf"\caption{{{latex_escape(title(reports))}}}", r"\end{table}"]
+    body += [rf"\caption{{{latex_escape(caption)}}}", r"\end{table}"]
     return "\n".join(body) + "\n"
+
+
+def latex(reports: Sequence[Report]) -> str:
+    """The figures of reports as a ``latex_table``."""
+    return latex_table(*grid(reports), title(reports))

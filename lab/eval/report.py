@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lab.data.cases import EditCase, Skip
 from lab.errors import ConfigError
 from lab.eval.probe import Observation
+from lab.eval.retention import Retention
 from lab.eval.stats import Estimate
 from lab.eval.suite import Suite, Values
 from lab.records import write_text_atomically
@@ -39,6 +40,7 @@ class CaseRow:
         known: Whether the model's greedy answer before was the old one; ``None`` where the file does not give it.
         p_before: Probability of the target before, or ``None``.
         p_after: Probability of the target after, or ``None``.
+        right_after: In a sequence, the case's values right after its own edit; ``values`` are those after all edits.
     """
 
     id: str
@@ -50,6 +52,7 @@ class CaseRow:
     known: bool | None = None
     p_before: float | None = None
     p_after: float | None = None
+    right_after: Values = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON form; several values of one metric are given as their mean."""
@@ -90,6 +93,7 @@ class Report:
         settings: What else defines the figures: protocol, source, convention, options.
         notes: Remarks a reader must see.
         extra: Further tables by name.
+        retention: How each edit of a sequence held while others followed, where that was measured.
         cases: One row per case.
         definition: The suite, for ``against``; not saved.
         asked: The cases, for ``against``; not saved.
@@ -111,6 +115,7 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     extra: Mapping[str, MetricTable] = field(default_factory=dict)
+    retention: Retention | None = None
     cases: tuple[CaseRow, ...] = ()
     definition: Suite | None = field(default=None, repr=False, compare=False)
     asked: tuple[EditCase, ...] = field(default=(), repr=False, compare=False)
@@ -173,6 +178,7 @@ class Report:
             "settings": dict(self.settings),
             "notes": list(self.notes),
             "extra": {name: table(metrics) for name, metrics in self.extra.items()},
+            "retention": None if self.retention is None else self.retention.to_json(),
             "cases": [row.to_json() for row in self.cases],
         }
 

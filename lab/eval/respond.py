@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from lab.decoding import Start, continue_rows
 from lab.errors import ConfigError
 from lab.eval.probe import Observation, Probe, Rating
+from lab.rowwise import NOBODY, RowPatches
 from lab.scoring import greedy_tokens, log_probs
 from lab.tokens import encode_ids, join_target, pad_rows
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
+
+# Whose question it is (the patch), the prompt, the target, and whether the whole distribution is wanted.
+_Key = tuple[int, str, str, bool]
+_Asked = Sequence[tuple[int, Probe]]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a forward pass.
+
+    Attributes:
+        owner: The patch it carries.
+        ids: Its tokens.
+        prompt: How many of them are the prompt of its longest question.
+        reads: What is read from it: the question, the column that predicts the target's first token, and the target.
+    """
+
+    owner: int
+    ids: tuple[int, ...]
+    prompt: int
+    reads: list[tuple[_Key, int, tuple[int, ...]]] = field(default_factory=list)
 
 
 class ModelRespondent:
@@ -33,82 +59,143 @@ class ModelRespondent:
 
     def observe(self, probes: Sequence[Probe]) -> list[Observation]:
         """Answers all probes, in order; equal questions are asked once."""
-        ratings = self._rate(probes)
-        texts = self._write(probes)
+        return self._answers([(NOBODY, probe) for probe in probes], None)
+
+    def observe_each(self, patches: RowPatches, asked: Sequence[Sequence[Probe]]) -> list[list[Observation]]:
+        """Answers of many patched models at once.
+
+        Args:
+            patches: The patches.
+            asked: ``asked[i]`` is put to the model under patch ``i`` alone.
+
+        Returns:
+            Answers in the order of ``asked``.
+        """
+        if len(asked) != len(patches):
+            raise ConfigError(f"{len(asked)} lists of probes for {len(patches)} patches")
+        flat = [(owner, probe) for owner, probes in enumerate(asked) for probe in probes]
+        with self.handle.writing():
+            seen = iter(self._answers(flat, patches))
+        return [[next(seen) for _ in probes] for probes in asked]
+
+    def _answers(self, asked: _Asked, patches: RowPatches | None) -> list[Observation]:
+        ratings = self._rate(asked, patches)
+        texts = self._write(asked, patches)
         answers = []
-        for index, probe in enumerate(probes):
+        for index, (owner, probe) in enumerate(asked):
             if probe.task == "generate":
-                text = texts[index]
+                text = self.handle.decode(texts[index])
                 ids = tuple(encode_ids(self.handle.tokenizer, text, special=False))
                 answers.append(Observation(probe.id, text=text, text_tokens=ids))
             else:
-                found = tuple(ratings[probe.prompt, target, probe.distribution] for target in probe.targets)
-                answers.append(Observation(probe.id, ratings=found))
+                keys = [(owner, probe.prompt, target, probe.distribution) for target in probe.targets]
+                answers.append(Observation(probe.id, ratings=tuple(ratings[key] for key in keys)))
         return answers
 
+    # -- ratings ------------------------------------------------------------------------------------------------------
+
     @torch.no_grad()
-    def _rate(self, probes: Sequence[Probe]) -> dict[tuple[str, str, bool], Rating]:
-        keys = dict.fromkeys(
-            (p.prompt, t, p.distribution) for p in probes if p.task == "score" for t in p.targets
-        )
-        asked = list(dict.fromkeys(prompt for prompt, _, _ in keys))
-        fed = dict(zip(asked, self.handle.rewrite(asked), strict=True))
-        rows = [(key, *join_target(self.handle.tokenizer, fed[key[0]], key[1])) for key in keys]
-        rows = [(key, head or [self._start()], tail) for key, head, tail in rows]
-        rows.sort(key=lambda row: (len(row[1]) + len(row[2]), row[0]))
-        found: dict[tuple[str, str, bool], Rating] = {}
+    def _rate(self, asked: _Asked, patches: RowPatches | None) -> dict[_Key, Rating]:
+        found: dict[_Key, Rating] = {}
+        rows = self._rows(asked)
         for begin in range(0, len(rows), self.batch_size):
             chunk = rows[begin : begin + self.batch_size]
-            # The last target token predicts nothing that is asked for.
             batch = pad_rows(
-                [[*head, *tail[:-1]] for _, head, tail in chunk],
+                [row.ids for row in chunk],
                 self.handle.pad_id,
                 device=self.handle.device,
-                prompts=[len(head) for _, head, _ in chunk],
+                prompts=[row.prompt for row in chunk],
             )
-            low = min(len(head) for _, head, _ in chunk) - 1
+            # Left of the first column that is read, logits are never made.
+            low = min(first for row in chunk for _, first, _ in row.reads)
             keep = torch.arange(low, batch.input_ids.shape[1], device=self.handle.device)
-            logits = self.handle.logits(batch, logits_to_keep=keep)
-            for number, (key, head, tail) in enumerate(chunk):
-                first = len(head) - 1 - low
-                wanted = logits[number, first : first + len(tail)]
-                table = log_probs(wanted)
-                targets = torch.tensor(tail, device=table.device)
-                predicted = greedy_tokens(wanted)
-                found[key] = Rating(
-                    tuple(table.gather(-1, targets.unsqueeze(-1)).squeeze(-1).tolist()),
-                    tuple((predicted == targets).tolist()),
-                    tuple(predicted.tolist()),
-                    table.cpu().numpy().astype(np.float32) if key[2] else None,
-                )
+            with nullcontext() if patches is None else patches.carried([row.owner for row in chunk]):
+                logits = self.handle.logits(batch, logits_to_keep=keep)
+            places = [
+                (number, first - low + step, token)
+                for number, row in enumerate(chunk)
+                for _, first, target in row.reads
+                for step, token in enumerate(target)
+            ]
+            numbers, columns, tokens = torch.tensor(places, device=logits.device).unbind(1)
+            wanted = logits[numbers, columns]
+            table, predicted = log_probs(wanted), greedy_tokens(wanted)
+            scores = table.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
+            correct, said = (predicted == tokens).tolist(), predicted.tolist()
+            at = 0
+            for key, size in ((key, len(target)) for row in chunk for key, _, target in row.reads):
+                part = slice(at, at + size)
+                whole = table[part].cpu().numpy().astype(np.float32) if key[3] else None
+                found[key] = Rating(tuple(scores[part]), tuple(correct[part]), tuple(said[part]), whole)
+                at += size
         return found
+
+    def _rows(self, asked: _Asked) -> list[_Row]:
+        """Rows that hold all questions; one that begins another row is read from that row.
+
+        Under a memory that acts inside the pass, only rows whose prompts end at one place are shared: it decides there.
+        """
+        keys = dict.fromkeys(
+            (owner, probe.prompt, target, probe.distribution)
+            for owner, probe in asked
+            if probe.task == "score"
+            for target in probe.targets
+        )
+        prompts = list(dict.fromkeys(key[1] for key in keys))
+        fed = dict(zip(prompts, self.handle.rewrite(prompts), strict=True))
+        decides = any(memory.changes == "model" for memory in self.handle.stack.memories)
+        joined: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        questions = []
+        for key in keys:
+            pair = key[1], key[2]
+            if pair not in joined:
+                joined[pair] = join_target(self.handle.tokenizer, fed[key[1]], key[2])
+            head, tail = joined[pair]
+            head = head or [self._start()]
+            # The last target token predicts nothing that is asked for.
+            questions.append((key[0], (*head, *tail[:-1]), key, len(head) - 1, tuple(tail)))
+        questions.sort(key=lambda question: question[:2])
+        rows: list[_Row] = []
+        for owner, ids, key, first, tail in reversed(questions):
+            host = rows[-1] if rows else None
+            apart = decides and host is not None and host.prompt != first + 1
+            if host is None or apart or host.owner != owner or host.ids[: len(ids)] != ids:
+                host = _Row(owner, ids, first + 1)
+                rows.append(host)
+            host.reads.append((key, first, tail))
+        return sorted(rows, key=lambda row: (len(row.ids), row.owner, row.ids))
 
     def _start(self) -> int:
         start = self.handle.tokenizer.bos_token_id
         return start if isinstance(start, int) else self.handle.pad_id
 
-    def _write(self, probes: Sequence[Probe]) -> dict[int, str]:
-        groups: dict[tuple[int, int | None, int], list[int]] = {}
-        for index, probe in enumerate(probes):
+    # -- texts --------------------------------------------------------------------------------------------------------
+
+    def _write(self, asked: _Asked, patches: RowPatches | None) -> dict[int, list[int]]:
+        prompts = list(dict.fromkeys(probe.prompt for _, probe in asked if probe.task == "generate"))
+        fed = dict(zip(prompts, self.handle.rewrite(prompts), strict=True))
+        groups: dict[int | None, dict[Start, list[int]]] = {}
+        for index, (owner, probe) in enumerate(asked):
             if probe.task == "generate":
-                used = len(encode_ids(self.handle.tokenizer, probe.prompt)) if probe.whole else 0
-                length = max(1, probe.tokens - used)
-                groups.setdefault((length, probe.top_k, probe.seed), []).append(index)
-        texts: dict[int, str] = {}
-        for (length, top_k, seed), members in groups.items():
-            # A greedy continuation does not depend on how often it is asked for; a sampled one must be drawn each time.
-            prompts = [probes[index].prompt for index in members]
-            asked = list(dict.fromkeys(prompts)) if top_k is None else prompts
-            out = self.handle.generate(
-                asked,
-                max_new_tokens=length,
-                temperature=0.0 if top_k is None else 1.0,
-                top_k=top_k,
-                seed=seed,
-                batch_size=self.batch_size,
+                ids = tuple(encode_ids(self.handle.tokenizer, fed[probe.prompt])) or (self._start(),)
+                # A limit on the whole text counts the prompt as it was asked, whatever is put before it.
+                used = len(encode_ids(self.handle.tokenizer, probe.prompt)) or 1
+                tokens = max(1, probe.tokens - used) if probe.whole else max(1, probe.tokens)
+                # A sampled text is its probe's own, so that a prompt which a case repeats is continued in several ways.
+                seed = 0 if probe.top_k is None else text_seed(probe)
+                start = Start(ids, tokens, seed, owner)
+                groups.setdefault(probe.top_k, {}).setdefault(start, []).append(index)
+        texts: dict[int, list[int]] = {}
+        for top_k, members in groups.items():
+            written = continue_rows(
+                self.handle, list(members), top_k=top_k, patches=patches, batch_size=self.batch_size
             )
-            if top_k is None:
-                by_prompt = dict(zip(asked, out, strict=True))
-                out = [by_prompt[prompt] for prompt in prompts]
-            texts.update(zip(members, out, strict=True))
+            for text, indexes in zip(written, members.values(), strict=True):
+                texts |= dict.fromkeys(indexes, text)
         return texts
+
+
+def text_seed(probe: Probe) -> int:
+    """Seed of a sampled text: of the probe's seed and its place in the case, whatever else is asked."""
+    digest = hashlib.blake2b(f"{probe.seed}/{probe.id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")

@@ -48,6 +48,7 @@ SUITES: Registry[SuiteFactory] = Registry(
         "mquake": "lab.eval.suites:mquake",
         "sadr": "lab.eval.suites:sadr",
         "atlas": "lab.eval.atlas:atlas",
+        "atlas_chains": "lab.eval.atlas_chains:atlas_chains",
     },
     group="knowlab.suites",
 )
@@ -138,7 +139,7 @@ def sadr(options: SuiteOptions) -> Suite:
             *pooled("relation", "relation"),
             *pooled("distract_neighborhood", "distract_neighborhood"),
             PromptMeasure("distract_relation", "distract_relation", s.success),
-            _by_kind_flat("portability", "portability", s.success),
+            flat_by_kind("portability", "portability", s.success),
             PromptMeasure("commonsense", "commonsense", s.success),
             FLUENCY,
         ),
@@ -151,7 +152,7 @@ def sadr(options: SuiteOptions) -> Suite:
     )
 
 
-def _by_kind_flat(name: str, group: str, scorer: Callable) -> Measure:
+def flat_by_kind(name: str, group: str, scorer: Callable) -> Measure:
     """All prompts of a group under ``name``, and those of each kind under ``name_kind``."""
 
     def measure(view: CaseView) -> Values:

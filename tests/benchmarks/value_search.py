@@ -37,13 +37,13 @@ from editors.rows import EditRow, essence_row, request_rows
 from editors.values import ValueConfig, optimise_value
 from lab.arch import Role
 from lab.handle import ModelHandle
+from lab.peak import STATUS, reset_peak, resident
 from lab.records import EditRequest, write_text_atomically
 from tests.reference.value_search import PlainResult, PlainRow, plain_value_search
 from tests.tiny import tiny_tokenizer
 
 LAYER = 5
 CONFIG = ValueConfig(steps=20, lr=0.5, weight_decay=0.5, clamp=4.0, kl_factor=0.0625, stop_below=0.0)
-PROC = Path("/proc/self/clear_refs")
 SUBJECTS = ("France", "Japan", "Kenya", "Paris", "Tokyo", "Rome", "Nairobi", "Barack")
 WORDS = (
     " guitar",
@@ -145,21 +145,14 @@ def _measure_memory(which: str, steps: int, threads: int) -> float:
     config = replace(CONFIG, steps=steps)
     # Building the model took more than the model needs; the peak counts from here.
     gc.collect()
-    before = _resident("VmRSS")
-    PROC.write_text("5")
+    before = resident("VmRSS") or 0
+    if not reset_peak():
+        raise RuntimeError("the kernel does not let the peak of memory start anew")
     if which == "fast":
         fast(handle, requests()[:1], config)
     else:
         plain(handle, requests()[0], config)
-    return (_resident("VmHWM") - before) / 1024
-
-
-def _resident(field: str) -> int:
-    """KiB of memory from the kernel's account of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"the kernel tells no {field}")
+    return ((resident("VmHWM") or 0) - before) / 1024
 
 
 def fp64_difference(request: EditRequest, config: ValueConfig) -> float:
@@ -192,7 +185,7 @@ def measure(quick: bool, steps: int) -> dict[str, Any]:
     short = replace(config, steps=max(2, steps // 2)) if quick else config
     alone = timed(lambda: [fast(handle, [request], short) for request in wanted])
     together = timed(lambda: fast(handle, wanted, short))
-    memory = {which: peak_memory(which, 2) for which in ("fast", "plain")} if PROC.is_file() else None
+    memory = {which: peak_memory(which, 2) for which in ("fast", "plain")} if STATUS.is_file() else None
     check = replace(config, steps=2 if quick else steps)
     difference = fp64_difference(one, check)
 

@@ -41,8 +41,10 @@ class RandomEditor:
         self.refuse = set(refuse)
         self.strength = strength
         self.calls: list[list[str]] = []
+        self.histories: list = []
 
-    def edit(self, handle: ModelHandle, requests: Sequence[EditRequest]) -> WeightPatch:
+    def edit(self, handle: ModelHandle, requests: Sequence[EditRequest], *, history=None) -> WeightPatch:
+        self.histories.append(history)
         self.calls.append([request.id for request in requests])
         for request in requests:
             if request.subject in self.refuse:
@@ -161,7 +163,8 @@ def test_editors_that_can_are_asked_for_many_at_once(handle, suite):
     one_by_one = evaluate_editing(suite, handle, RandomEditor(), many(5), seed=2)
     together = evaluate_editing(suite, handle, editor, many(5), seed=2, chunk=3)
     assert editor.batches == [3, 2]
-    assert together.metrics == one_by_one.metrics
+    for row, alone in zip(together.cases, one_by_one.cases, strict=True):
+        assert row.values == {name: pytest.approx(values, abs=1e-5) for name, values in alone.values.items()}
 
 
 def test_nothing_to_evaluate_is_an_error(handle, suite):
@@ -272,13 +275,65 @@ def test_a_sequence_is_measured_after_each_edit_and_at_the_end(handle, suite):
     assert (refused.n, len(refused.skipped)) == (3, 1)
 
 
+def test_a_sequence_tells_the_editor_its_past_and_other_protocols_do_not(handle, suite):
+    editor = RandomEditor()
+    evaluate_editing(suite, handle, editor, many(3), protocol="sequential")
+    assert [len(history) for history in editor.histories] == [0, 1, 2]
+    assert editor.histories[2][:1] == editor.histories[1]
+    assert editor.histories[2][1].parents == (editor.histories[2][0].id,)
+    for protocol in ("single", "batch"):
+        other = RandomEditor()
+        evaluate_editing(suite, handle, other, many(3), protocol=protocol)  # type: ignore[arg-type]
+        assert set(other.histories) == {None}
+
+
+def test_retention_is_the_score_of_each_edit_after_each_later_one(handle, suite):
+    report = evaluate_editing(
+        suite, handle, RandomEditor(), many(5), protocol="sequential", seed=1, retention_every=2
+    )
+    found = report.retention
+    assert found is not None
+    assert found.cases == tuple(row.id for row in report.cases)
+    assert [len(moment.held) for moment in found.moments] == [2, 4, 5], "and once more at the end"
+    last = [row.p_after for row in report.cases]
+    assert found.moments[-1].probability == pytest.approx(last, abs=1e-5)
+    table = found.matrix()
+    assert [[value is None for value in row] for row in table][3] == [True, True, True, False, False]
+    assert table[0][0] is None, "not measured"
+    assert {age: value.n for age, value in found.by_age().items()} == {0: 3, 1: 3, 2: 2, 3: 2, 4: 1}
+    assert [value.n for value in found.by_number().values()] == [2, 4, 5]
+    assert type(found).from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert evaluate_editing(suite, handle, RandomEditor(), many(2), protocol="sequential").retention is None
+
+
+def test_shared_passes_and_one_patch_at_a_time_agree(handle):
+    suite = get_suite("counterfact", SuiteOptions(text_tokens=24))
+    written = [CaseProbe("generation", f"The tide at Pier {i} is") for i in range(4)]
+    items = [case(i, probes=(*case(i).probes, written[i])) for i in range(4)]
+    shared, alone = (
+        evaluate_editing(suite, handle, RandomEditor(), cases(*items), rowwise=rowwise)
+        for rowwise in (True, False)
+    )
+    assert "fluency" in shared.metrics
+    for row, other in zip(shared.cases, alone.cases, strict=True):
+        assert row.values == {name: pytest.approx(values, abs=1e-5) for name, values in other.values.items()}
+        assert row.p_after == pytest.approx(other.p_after, abs=1e-5)
+        assert row.p_after != pytest.approx(row.p_before, abs=1e-5)
+
+
+def test_cases_can_keep_their_order(handle, suite):
+    items = cases(case(0, "Pier One"), case(1, "Pier One"), case(2))
+    report = evaluate_editing(suite, handle, RandomEditor(), items, protocol="sequential", in_order=True)
+    assert [row.id for row in report.cases] == ["case/0", "case/1", "case/2"]
+
+
 @pytest.mark.parametrize("protocol", ["single", "batch", "sequential"])
 def test_a_subject_edited_twice_in_one_case_takes_two_rounds(handle, suite, protocol):
     class OnePerCall(RandomEditor):
-        def edit(self, handle, requests):
+        def edit(self, handle, requests, **options):
             if len({request.subject for request in requests}) < len(requests):
                 raise RequestError("the same subject twice; edit them in separate calls")
-            return super().edit(handle, requests)
+            return super().edit(handle, requests, **options)
 
     names = ("Pier 0", "Pier 1", "Pier 0")
     requests = tuple(
@@ -301,10 +356,10 @@ def test_a_subject_edited_twice_in_one_case_takes_two_rounds(handle, suite, prot
 
 def test_a_failing_sequence_takes_everything_back(handle, suite):
     class Breaks(RandomEditor):
-        def edit(self, handle, requests):
+        def edit(self, handle, requests, **options):
             if len(self.calls) == 2:
                 raise KeyboardInterrupt
-            return super().edit(handle, requests)
+            return super().edit(handle, requests, **options)
 
     bits = handle.weights_digest()
     with pytest.raises(KeyboardInterrupt):
@@ -354,6 +409,29 @@ def test_two_editors_share_what_was_asked_before(handle, suite, monkeypatch):
     assert first.before == second.before
     assert first.metrics != second.metrics
     assert len(asked) < alone
+
+
+def test_a_question_is_kept_whoever_asks_it(handle):
+    asked: list[Probe] = []
+
+    class Counting(ModelRespondent):
+        def observe(self, probes):
+            asked.extend(probes)
+            return super().observe(probes)
+
+    cache, respondent = BaselineCache(), Counting(handle)
+    one = Probe("a/0", "rewrite", "The tide is", answers=("low", "high"))
+    two = Probe("b/7", "neighborhood", "The tide is", answers=("high",), rival="low", distribution=False)
+    text = Probe("t", "multi_hop", "The tide", "generate", tokens=4)
+    large = Probe("d", "elsewhere", "The tide is", answers=("low",), distribution=True)
+    first = cache.observe(handle, respondent, [one, text])
+    count = len(asked)
+    again = cache.observe(handle, respondent, [two, large, text])
+    assert [probe.distribution for probe in asked[count:]] == [True]
+    assert [seen.probe_id for seen in (*first, *again)] == ["a/0", "t", "b/7", "d", "t"]
+    assert again[0].ratings == first[0].ratings[::-1]
+    assert again[1].ratings[0].distribution is not None
+    assert again[2].text == first[1].text
 
 
 # ---- the model as respondent -----------------------------------------------------------------------------------------
@@ -463,7 +541,8 @@ def test_a_model_without_an_editor(handle):
         get_suite("counterfact", QUIET), handle, RandomEditor(), many(9), limit=4, seed=5
     )
     assert [row.id for row in drawn.cases] == [row.id for row in edited.cases]
-    assert drawn.metrics["efficacy_magnitude"] == edited.before["efficacy_magnitude"]
+    asked, before = (table["efficacy_magnitude"] for table in (drawn.metrics, edited.before))
+    assert (asked.mean, asked.n) == (pytest.approx(before.mean, abs=1e-6), before.n)
 
 
 def test_published_rows_run(shared_data, handle):
