@@ -135,7 +135,9 @@ def _next_token(handle: ModelHandle, prompts: Sequence[str]) -> Tensor:
     """Log-probabilities ``[prompt, vocabulary]`` of the token after each prompt."""
     from lab.scoring import log_probs
 
-    return log_probs(handle.logits(handle.encode(handle.rewrite(prompts), side="left"), logits_to_keep=1)[:, -1])
+    return log_probs(
+        handle.logits(handle.encode(handle.rewrite(prompts), side="left"), logits_to_keep=1)[:, -1]
+    )
 
 
 def _drift(handle: ModelHandle, patch: Any, requests: Sequence[EditRequest]) -> float:
