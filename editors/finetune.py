@@ -109,6 +109,7 @@ class FinetuneEditor:
         made = provenance(self.options, plain_settings(config), preset, requests, notes)
         return WeightPatch(handle.fingerprint, deltas, made, parents)
 
+    @torch.enable_grad()
     def _train(
         self,
         handle: ModelHandle,
@@ -163,13 +164,12 @@ def _losses(
     handle: ModelHandle, lines: TargetLines, weights: Sequence[Weight], change: Mapping[str, Tensor]
 ) -> Tensor:
     """Loss of each request under the changed weights, ``[request]``."""
-    with torch.enable_grad():
-        replaced = {}
-        for weight in weights:
-            delta = change[weight.name]
-            base = weight.parameter.detach()
-            replaced[weight.name] = (base.to(delta.dtype) + delta).to(base.dtype)
-        return lines.row_losses(lines.of(functional_logits(handle, lines, replaced)))
+    replaced = {}
+    for weight in weights:
+        delta = change[weight.name]
+        base = weight.parameter.detach()
+        replaced[weight.name] = (base.to(delta.dtype) + delta).to(base.dtype)
+    return lines.row_losses(lines.of(functional_logits(handle, lines, replaced)))
 
 
 @torch.no_grad()

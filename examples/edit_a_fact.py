@@ -12,6 +12,7 @@ from pathlib import Path
 
 from editors import get_editor
 from lab import EditRequest, ModelHandle, WeightPatch
+from lab.patch_io import load_saved
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"bit-identical again: {handle.weights_digest() == digest}")
 
     folder = patch.save(options.out, overwrite=True)
-    with WeightPatch.load(folder).applied(handle):
+    with load_saved(folder).applied(handle):
         show("loaded")
-    print(f"patch of rank {patch.rank} -> {folder}")
+    kind = f"patch of rank {patch.rank}" if isinstance(patch, WeightPatch) else "memory"
+    print(f"{kind} -> {folder}")
 
 
 if __name__ == "__main__":
