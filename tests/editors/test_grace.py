@@ -11,6 +11,7 @@ from editors.grace import GraceConfig, ValueSearch
 from editors.rows import request_rows
 from lab.arch import Role
 from lab.errors import ConfigError, PatchError
+from lab.eval import SuiteOptions, atlas_cases, evaluate_editing, get_suite
 from lab.memory import memories_of
 from lab.records import EditRequest
 from lab.scoring import score_targets
@@ -222,6 +223,19 @@ def test_near_prompts_with_one_target_share_a_value_that_is_searched_on():
     with one.applied(handle):
         two = editor.edit(handle, [KENYA])
     assert two.provenance.extra["values"][0]["losses"] == pytest.approx(second["losses"], abs=1e-3)
+
+
+def test_a_suite_edits_in_sequence_and_leaves_the_model_alone():
+    handle = tiny_handle("llama", scale=1.5)
+    suite = get_suite("atlas", SuiteOptions(fluency=False))
+    cases, state = atlas_cases(split="dev"), handle.state
+    report = evaluate_editing(
+        suite, handle, get_editor("grace", **QUICK), cases, limit=2, protocol="sequential", name="grace"
+    )
+    assert handle.state == state
+    # Each case is answered from the codebook of both, and its neighbours are not touched.
+    assert all(row.p_after > 1.5 * row.p_before for row in report.cases)
+    assert report.metrics["neighborhood"].mean == report.before["neighborhood"].mean
 
 
 def test_a_decision_at_the_prompt_holds_for_the_whole_decoding():

@@ -177,6 +177,20 @@ def test_statistics_see_the_model_without_memories():
     assert handle.rewrite(["x"]) == ["Fact. x"]
 
 
+def test_one_memory_can_be_set_aside_while_another_is_computed():
+    handle = tiny_handle("llama")
+    beside, own = nudge(handle, 1, layer=0), nudge(handle, 2, layer=1)
+    beside.apply(handle)
+    without = logits(handle)
+    own.apply(handle)
+    patched, state = logits(handle), handle.state
+    with pytest.raises(RuntimeError, match="boom"), handle.stack.aside("nudge", 1):
+        assert torch.equal(logits(handle), without)
+        assert handle.state == state
+        raise RuntimeError("boom")
+    assert torch.equal(logits(handle), patched)
+
+
 # -- files --------------------------------------------------------------------------------------------------------
 
 
