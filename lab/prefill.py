@@ -69,15 +69,17 @@ def prefill(
     """
     column, width = max(change), max(len(row) - at for row, at in zip(rows, change, strict=True))
     shared = shared_lengths(rows, change)
-    heads, head_of = _heads(rows, shared)
+    heads, head_of = heads_of(rows, shared)
     above: list[KeysValues] = []
     if heads:
-        parts = [_run(handle, [heads[i] for i in chunk], None, ()).cache for chunk in _chunks(handle, heads)]
-        above = _join(parts, max(len(head) for head in heads))
+        parts = [
+            _run(handle, [heads[i] for i in chunk], None, ()).cache for chunk in token_chunks(handle, heads)
+        ]
+        above = join_caches(parts, max(len(head) for head in heads))
     tails = [list(row[length:]) for row, length in zip(rows, shared, strict=True)]
     pieces = []
-    for chunk in _chunks(handle, tails):
-        start = _Start([shared[i] for i in chunk], [head_of[i] for i in chunk], above) if above else None
+    for chunk in token_chunks(handle, tails):
+        start = Behind([shared[i] for i in chunk], [head_of[i] for i in chunk], above) if above else None
         pass_ = _run(handle, [tails[i] for i in chunk], start, tuple(roles), layer)
         pieces.append(
             _cut(handle, pass_, [rows[i] for i in chunk], [change[i] for i in chunk], column, width, layer)
@@ -97,7 +99,7 @@ def shared_lengths(rows: Sequence[Sequence[int]], change: Sequence[int]) -> list
             common += 1
         for index in (first, second):
             shared[index] = max(shared[index], min(common, change[index]))
-    heads, _ = _heads(rows, shared)
+    heads, _ = heads_of(rows, shared)
     saved = sum(shared) - sum(len(head) for head in heads)
     return shared if saved > _WORTH_SHARING * sum(len(row) for row in rows) else [0] * len(rows)
 
@@ -114,7 +116,7 @@ def cache_of(layers: Sequence[KeysValues]) -> DynamicCache:
 
 
 @dataclass(frozen=True)
-class _Start:
+class Behind:
     """Where rows go on: how many tokens they have behind them, and whose keys and values those are."""
 
     lengths: Sequence[int]
@@ -133,35 +135,62 @@ class _Pass:
     offset: Tensor
 
 
-def _heads(rows: Sequence[Sequence[int]], shared: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-    """The distinct beginnings, and for each row which one is its own (0 where it has none: its length masks it)."""
-    known: dict[tuple[int, ...], int] = {}
-    mine = []
-    for row, length in zip(rows, shared, strict=True):
-        mine.append(known.setdefault(tuple(row[:length]), len(known)) if length else 0)
-    return [list(head) for head in known], mine
+def heads_of(rows: Sequence[Sequence[int]], shared: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """The distinct beginnings but for those that begin another one, and for each row which one holds its own.
+
+    A row without a beginning is given 0: its length masks it.
+    """
+    heads: list[tuple[int, ...]] = []
+    holder: dict[tuple[int, ...], int] = {}
+    # In this order a beginning comes right after what it begins.
+    for head in sorted({tuple(row[:length]) for row, length in zip(rows, shared, strict=True)}, reverse=True):
+        if head and (not heads or heads[-1][: len(head)] != head):
+            heads.append(head)
+        holder[head] = max(0, len(heads) - 1)
+    mine = [holder[tuple(row[:length])] for row, length in zip(rows, shared, strict=True)]
+    return [list(head) for head in heads], [
+        at if length else 0 for at, length in zip(mine, shared, strict=True)
+    ]
 
 
-def _chunks(handle: ModelHandle, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+def token_chunks(handle: ModelHandle, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Consecutive rows that go through the model together: about as many tokens as the device likes."""
     width = max(len(row) for row in rows)
     size = max(1, (_CPU_TOKENS if handle.device.type == "cpu" else _DEVICE_TOKENS) // width)
     return [list(range(begin, min(begin + size, len(rows)))) for begin in range(0, len(rows), size)]
 
 
-def _run(
-    handle: ModelHandle, rows: list[list[int]], start: _Start | None, roles: tuple[Role, ...], layer: int = 0
-) -> _Pass:
+def begin(
+    handle: ModelHandle, rows: Sequence[Sequence[int]], start: Behind | None
+) -> tuple[Batch, DynamicCache, Tensor, int]:
+    """What a forward pass is fed that goes on behind other rows.
+
+    Args:
+        handle: The model.
+        rows: The tokens that are new.
+        start: What is behind them.
+
+    Returns:
+        The batch; the filled cache; how many tokens each row has behind it, ``[row]``; the columns that the cache holds, in which
+        those tokens are aligned to the right.
+    """
     device = handle.device
     batch = pad_rows(rows, handle.pad_id, "right", device)
     skipped = torch.tensor([0] * len(rows) if start is None else list(start.lengths), device=device)
-    cache, room = DynamicCache(), 0
-    if start is not None:
-        room = max(start.lengths)
-        places = torch.arange(room, device=device)[None] - (room - skipped)[:, None]
-        index = torch.tensor(list(start.heads), device=device)
-        cache = cache_of([(_aligned(k[index], places), _aligned(v[index], places)) for k, v in start.above])
-        mask = torch.cat([(places >= 0).to(batch.attention_mask.dtype), batch.attention_mask], dim=1)
-        batch = Batch(batch.input_ids, mask, batch.position_ids + skipped[:, None])
+    if start is None:
+        return batch, DynamicCache(), skipped, 0
+    room = max(start.lengths)
+    places = torch.arange(room, device=device)[None] - (room - skipped)[:, None]
+    index = torch.tensor(list(start.heads), device=device)
+    cache = cache_of([(aligned(k[index], places), aligned(v[index], places)) for k, v in start.above])
+    mask = torch.cat([(places >= 0).to(batch.attention_mask.dtype), batch.attention_mask], dim=1)
+    return Batch(batch.input_ids, mask, batch.position_ids + skipped[:, None]), cache, skipped, room
+
+
+def _run(
+    handle: ModelHandle, rows: list[list[int]], start: Behind | None, roles: tuple[Role, ...], layer: int = 0
+) -> _Pass:
+    batch, cache, skipped, room = begin(handle, rows, start)
     seen: dict[Role | str, Tensor] = {}
     sizes: dict[Role, int | None] = {}
 
@@ -217,7 +246,7 @@ def _cut(
         return values.gather(1, index)
 
     def prefix(values: Tensor) -> Tensor:
-        return _aligned(values, torch.where(before < 0, before, before + pass_.offset[:, None]))
+        return aligned(values, torch.where(before < 0, before, before + pass_.offset[:, None]))
 
     return Prefill(
         input_ids=ids.gather(1, place).masked_fill(~inside, handle.pad_id),
@@ -230,14 +259,14 @@ def _cut(
     )
 
 
-def _aligned(values: Tensor, places: Tensor) -> Tensor:
+def aligned(values: Tensor, places: Tensor) -> Tensor:
     """``values[row, head, place, width]`` at ``places[row, column]``, zero where a place is negative."""
     index = places.clamp(min=0)[:, None, :, None].expand(-1, values.shape[1], -1, values.shape[-1])
     # Zeros, not garbage: a masked weight of 0 times an infinity would still poison the row.
     return values.gather(2, index).masked_fill((places < 0)[:, None, :, None], 0)
 
 
-def _join(parts: Sequence[list[KeysValues]], length: int) -> list[KeysValues]:
+def join_caches(parts: Sequence[list[KeysValues]], length: int) -> list[KeysValues]:
     """Caches of several chunks as one, padded on the right to one length."""
 
     def padded(values: Tensor) -> Tensor:
@@ -280,5 +309,7 @@ def stored_keys_values(layer: Any) -> KeysValues:
         ConfigError: The layer is of another kind, or empty.
     """
     if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
-        raise ConfigError("the model left its key/value cache empty; replay and tracing need a family that fills it")
+        raise ConfigError(
+            "the model left its key/value cache empty; replay and tracing need a family that fills it"
+        )
     return layer.keys, layer.values

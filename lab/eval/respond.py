@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,8 @@ from lab.errors import ConfigError
 from lab.eval.probe import Observation, Probe, Rating
 from lab.rowwise import NOBODY, RowPatches
 from lab.scoring import greedy_tokens, log_probs
-from lab.tokens import encode_ids, join_target, pad_rows
+from lab.shared_prefix import Line, line_logits
+from lab.tokens import encode_ids, join_target
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
@@ -98,35 +98,27 @@ class ModelRespondent:
     def _rate(self, asked: _Asked, patches: RowPatches | None) -> dict[_Key, Rating]:
         found: dict[_Key, Rating] = {}
         rows = self._rows(asked)
-        for begin in range(0, len(rows), self.batch_size):
-            chunk = rows[begin : begin + self.batch_size]
-            batch = pad_rows(
-                [row.ids for row in chunk],
-                self.handle.pad_id,
-                device=self.handle.device,
-                prompts=[row.prompt for row in chunk],
-            )
-            # Left of the first column that is read, logits are never made.
-            low = min(first for row in chunk for _, first, _ in row.reads)
-            keep = torch.arange(low, batch.input_ids.shape[1], device=self.handle.device)
-            with nullcontext() if patches is None else patches.carried([row.owner for row in chunk]):
-                logits = self.handle.logits(batch, logits_to_keep=keep)
+        lines = [
+            Line(row.ids, min(first for _, first, _ in row.reads), row.owner, row.prompt) for row in rows
+        ]
+        for part in line_logits(self.handle, lines, patches=patches, batch_size=self.batch_size):
+            chunk = [rows[index] for index in part.lines]
             places = [
-                (number, first - low + step, token)
-                for number, row in enumerate(chunk)
+                (number, first - offset + step, token)
+                for number, (row, offset) in enumerate(zip(chunk, part.offsets, strict=True))
                 for _, first, target in row.reads
                 for step, token in enumerate(target)
             ]
-            numbers, columns, tokens = torch.tensor(places, device=logits.device).unbind(1)
-            wanted = logits[numbers, columns]
+            numbers, columns, tokens = torch.tensor(places, device=part.logits.device).unbind(1)
+            wanted = part.logits[numbers, columns]
             table, predicted = log_probs(wanted), greedy_tokens(wanted)
             scores = table.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
             correct, said = (predicted == tokens).tolist(), predicted.tolist()
             at = 0
             for key, size in ((key, len(target)) for row in chunk for key, _, target in row.reads):
-                part = slice(at, at + size)
-                whole = table[part].cpu().numpy().astype(np.float32) if key[3] else None
-                found[key] = Rating(tuple(scores[part]), tuple(correct[part]), tuple(said[part]), whole)
+                span = slice(at, at + size)
+                whole = table[span].cpu().numpy().astype(np.float32) if key[3] else None
+                found[key] = Rating(tuple(scores[span]), tuple(correct[span]), tuple(said[span]), whole)
                 at += size
         return found
 
@@ -163,7 +155,7 @@ class ModelRespondent:
                 host = _Row(owner, ids, first + 1)
                 rows.append(host)
             host.reads.append((key, first, tail))
-        return sorted(rows, key=lambda row: (len(row.ids), row.owner, row.ids))
+        return rows
 
     def _start(self) -> int:
         start = self.handle.tokenizer.bos_token_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from lab.eval import ModelRespondent, Probe
 from lab.handle import ModelHandle
 from lab.patch import Dense, LowRank, Provenance, WeightPatch
 from lab.rowwise import NOBODY, RowPatches, rowwise_obstacle
-from lab.tokens import encode_ids
-from tests.tiny import tiny_handle
+from lab.shared_prefix import Line, line_logits
+from lab.tokens import encode_ids, pad_rows
+from tests.tiny import FAMILIES, tiny_handle
 
+SAMPLES = Path(__file__).resolve().parents[2] / "datasets"
+# Eager attention of these families is computed in fp32, whatever the model.
+ROUGH = ("gptj", "gemma2")
 TEXTS = [
     "The capital of France is",
     "Who",
@@ -170,3 +175,78 @@ def test_a_sampled_text_does_not_depend_on_its_neighbours():
     assert len(others) > 3
     narrow = continue_rows(handle, [Start(ids[0], 8, seed=5)], top_k=1)[0]
     assert narrow == continue_rows(handle, [Start(ids[0], 8)])[0]
+
+
+def test_an_evaluation_equals_the_plain_one():
+    """Cached baseline, shared rows, shared passes: the values of every case are those of one patch at a time."""
+    from lab.data import load_cases
+    from lab.eval import SuiteOptions, evaluate_editing, get_suite
+    from tests.reference.single_edits import plain_single_edits
+
+    handle = tiny_handle("gpt2", dtype=torch.float64, scale=1.5)
+    cases = load_cases(SAMPLES / "counterfact/counterfact.json")
+    suite = get_suite("counterfact", SuiteOptions(fluency=False))
+    made = dict(zip([case.requests[0].id for case in cases], patches_for(handle, (1, 2, 1, 3)), strict=True))
+
+    class Prepared:
+        def edit(self, handle, requests):
+            return made[requests[0].id]
+
+    report = evaluate_editing(suite, handle, Prepared(), cases, batch_size=7, in_order=True)
+    wanted = plain_single_edits(handle, suite, cases.cases, list(made.values()))
+    assert report.n == len(wanted) == 4
+    for row, values in zip(report.cases, wanted, strict=True):
+        assert row.values == {name: pytest.approx(found, abs=1e-10) for name, found in values.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_begin_alike_give_the_logits_of_whole_rows(family):
+    handle = tiny_handle(family, dtype=torch.float32 if family in ROUGH else torch.float64, scale=1.5)
+    state, capital = "The capital of France is Rome. ", "The capital of"
+    texts = [
+        f"{state}{capital} {name} is{end}"
+        for name in ("Japan", "Kenya")
+        for end in (" Tokyo", " in Paris", "")
+    ]
+    texts += [f"{capital} Kenya is Nairobi", "Who wrote", texts[0]]
+    ids = [tuple(encode_ids(handle.tokenizer, text)) for text in texts]
+    lines = [Line(row, len(row) - 1 - number % 3 % len(row)) for number, row in enumerate(ids)]
+    fed = []
+    embedding = handle.module(Role.EMBED)
+    hook = embedding.register_forward_pre_hook(lambda module, args: fed.append(args[0].numel()))
+    parts = list(line_logits(handle, lines, batch_size=4))
+    hook.remove()
+    assert sorted(index for part in parts for index in part.lines) == list(range(len(lines)))
+    assert sum(fed) < 0.7 * sum(map(len, ids))
+    for part in parts:
+        for index, logits, offset in zip(part.lines, part.logits, part.offsets, strict=True):
+            line = lines[index]
+            assert offset <= line.first
+            whole = handle.logits(handle.encode([texts[index]]))[0, line.first :]
+            shown = logits[line.first - offset : len(line.ids) - offset]
+            assert torch.allclose(shown, whole, rtol=1e-4, atol=1e-3 if family in ROUGH else 1e-10)
+
+
+def test_lines_share_with_lines_of_their_own_patch_only():
+    handle = tiny_handle("llama", dtype=torch.float64, scale=1.5)
+    patches = patches_for(handle, (1, 2))
+    ids = [
+        tuple(encode_ids(handle.tokenizer, f"The capital of France is{end}")) for end in (" Paris", " Rome")
+    ]
+    lines = [Line(row, len(row) - 2, owner) for owner in (0, 1, NOBODY) for row in ids]
+    found = {}
+    for part in line_logits(handle, lines, patches=RowPatches(handle, patches)):
+        for index, logits, offset in zip(part.lines, part.logits, part.offsets, strict=True):
+            found[index] = logits[lines[index].first - offset]
+    for index, line in enumerate(lines):
+        batch = pad_rows([line.ids], 0)
+        if line.owner == NOBODY:
+            whole = handle.logits(batch)
+        else:
+            with patches[line.owner].applied(handle):
+                whole = handle.logits(batch)
+        assert float((found[index] - whole[0, line.first]).abs().max()) < 1e-10
+    with pytest.raises(ConfigError, match="no patches were given"):
+        list(line_logits(handle, lines))
+    with pytest.raises(ConfigError, match="outside its tokens"):
+        list(line_logits(handle, [Line((1, 2), 2)]))
