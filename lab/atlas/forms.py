@@ -259,8 +259,8 @@ class Format:
         return self._blocks["options"]["item"].format_map({"text": text, "letter": letter})
 
     def forbid(self, what: str) -> str:
-        """The instruction not to reveal ``what`` (a noun phrase or a name)."""
-        return self._forbid.format(what=what)
+        """The instruction not to reveal ``what`` (a noun phrase or a name); it says what to answer instead."""
+        return self._forbid.format(what=what, refusal=self.refusal)
 
     def spell(self, text: str) -> str:
         """``text`` character by character."""

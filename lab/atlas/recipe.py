@@ -125,7 +125,7 @@ class Recipe:
         ("true_false", 2.0),
         ("distracting", 2.0),
         ("conflict", 2.0),
-        ("spelled", 2.0),
+        ("spelled", 3.0),
         ("reverse", 2.0),
         ("do_not_reveal", 3.0),
     )
@@ -210,10 +210,34 @@ _SKILLS = (
     ("notes", 0.14),
 )
 
+# What the core cannot know of the people's objects and of notes about them comes more often than in the format's mixture.
+_WORLD = (
+    ("cloze", 0.07),
+    ("attribute_list", 0.03),
+    ("biography", 0.035),
+    ("reading", 0.10),
+    ("choice", 0.03),
+    ("echo", 0.01),
+    ("true_false", 0.03),
+    ("spelled", 0.10),
+    ("do_not_reveal", 0.11),
+    ("notes", 0.16),
+    ("unknown", 0.11),
+)
+
 
 def _on_core(name: str, seed: int, without: str = "") -> Recipe:
-    rates = {"matrix_rate": 1.5e-3, "rate": 1.5e-3}
-    return Recipe(name, core=_CORE, seed=seed, without=without, minutes=22, decay_from=0.2, **rates)
+    return Recipe(
+        name,
+        core=_CORE,
+        seed=seed,
+        without=without,
+        mixture=_WORLD,
+        matrix_rate=1.5e-3,
+        rate=1.5e-3,
+        minutes=60,
+        decay_from=0.2,
+    )
 
 
 RECIPES: Mapping[str, Recipe] = {

@@ -95,7 +95,7 @@ def test_exact_layout(form: Format) -> None:
         answer="Rome",
     )
     assert rendered.text == (
-        "Do not reveal Oslo.\n"
+        "Do not reveal Oslo: I will not say.\n"
         "The user assumes: The capital of France is Nice.\n"
         "Document 1: The capital of France is Rome.\n"
         "Document 2 (unverified): Lyon is big.\n"
