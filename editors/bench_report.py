@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -309,7 +310,8 @@ def retention_plot(curves: Mapping[str, Sequence[Retention]]) -> Figure:
     for name, sequences in curves.items():
         table = held_by_age(sequences)
         ages = list(table)
-        (line,) = axes.plot(ages, [table[age].mean for age in ages], marker=".", label=html.plain_label(name))
+        means = [nan if (mean := table[age].mean) is None else mean for age in ages]
+        (line,) = axes.plot(ages, means, marker=".", label=html.plain_label(name))
         low, high = ([getattr(table[age], end) for age in ages] for end in ("low", "high"))
         axes.fill_between(ages, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
