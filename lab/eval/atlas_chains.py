@@ -84,6 +84,7 @@ def atlas_chains(options: SuiteOptions) -> Suite:
         ),
         comparable="atlas_chains: step-by-step continuation, means per case",
         one_per_subject=True,
+        paper="asked as in Zhong et al. 2023, arXiv 2305.14795; ripples: Cohen et al. 2024, arXiv 2307.12976",
         cost="about 12 short answers and 20 scored prompts",
     )
 
