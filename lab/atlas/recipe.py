@@ -235,7 +235,7 @@ def _on_core(name: str, seed: int, without: str = "") -> Recipe:
         mixture=_WORLD,
         matrix_rate=1.5e-3,
         rate=1.5e-3,
-        minutes=60,
+        minutes=78,
         decay_from=0.2,
     )
 
