@@ -18,7 +18,8 @@ TUNE_PANEL = "Tuning"
 
 _HELP = """Find the layers, the clamp and other search settings of an editor for a model that has no preset.
 
-Causal tracing of a few known facts proposes layers; single edits of these facts decide, by the suite's score. The facts are the
+Causal tracing of a few known facts proposes layers; single edits of these facts decide, by the suite's score, and by
+the margin of the right answers where scores are equal. The facts are the
 built-in world's tuning facts, or those of `--data`; `--exclude` keeps everything that an evaluation file asks out of them. OUT gets
 `preset.toml`, which `--preset` reads, `tune.json` and a picture, `tune.png`. Finished candidates are kept in OUT: the same command
 goes on where it stopped, and with other `--grid` or `--places` it computes only what is new.
@@ -145,12 +146,12 @@ def tune_editor(
             label(trial),
             trial.n,
             trial.score,
-            *(trial.parts.get(name) for name in benchmark.score_parts),
+            trial.margin,
             trial is result.best,
         )
         for trial in sorted(result.trials, key=lambda trial: trial.rank, reverse=True)
     ]
-    columns = ("candidate", "n", "score", *benchmark.score_parts, "kept")
+    columns = ("candidate", "n", "score", "margin", "kept")
     screen.print(table(f"{editor} for {model}: {len(result.facts)} tuning facts", columns, rows))
     screen.print(f"preset -> {out / 'preset.toml'}   use it with: --preset {out / 'preset.toml'}")
     write_json(json, "tune", seed, {"model": model, "path": out, **result.to_json()})

@@ -190,14 +190,14 @@ def propose_places(effects: Sequence[float], own: Sequence[int], count: int) -> 
     Args:
         effects: Effect of each layer.
         own: The preset's layers; their number is the window's width.
-        count: Windows that the effects propose.
+        count: Windows that the effects propose beside the preset's.
     """
     # As for presets that are scaled: above the last block nothing could turn a recalled value into an answer.
     usable = max(len(effects) - 1, 1)
     width = min(len(own), usable)
     windows = [tuple(range(start, start + width)) for start in range(usable - width + 1)]
     windows.sort(key=lambda window: (-math.fsum(effects[layer] for layer in window), window))
-    return list(dict.fromkeys([tuple(own), *windows[:count]]))
+    return [tuple(own), *[window for window in windows if window != tuple(own)][:count]]
 
 
 def _starting_point(handle: ModelHandle, spec: str, options: TuneOptions) -> tuple[Preset, str]:
@@ -338,7 +338,7 @@ def _evaluate(
         )
     except (ConfigError, DataError, NumericalError) as error:
         # Settings that cannot work at some layer are a finding about them, not the end of the run.
-        return Trial(settings, 0, None, {}, (str(error),), time.monotonic() - start)
+        return Trial(settings, 0, None, {}, 0.0, (str(error),), time.monotonic() - start)
     means = {part: report.metrics[part].mean for part in suite.score_parts if part in report.metrics}
     if missing := [part for part in suite.score_parts if means.get(part) is None]:
         raise DataError(
@@ -347,7 +347,11 @@ def _evaluate(
         )
     skipped = tuple(f"{skip.id}: {skip.reason}" for skip in report.skipped)
     parts = {name: float(mean) for name, mean in means.items() if mean is not None}
-    return Trial(settings, report.n, report.metrics["score"].mean, parts, skipped, time.monotonic() - start)
+    table = report.metrics
+    sizes = [table[name].mean or 0.0 for part in suite.score_parts if (name := f"{part}_magnitude") in table]
+    margin = math.fsum(sizes) / len(sizes) if sizes else 0.0
+    seconds = time.monotonic() - start
+    return Trial(settings, report.n, table["score"].mean, parts, margin, skipped, seconds)
 
 
 def _named(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

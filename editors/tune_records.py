@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +54,7 @@ class Trial:
         n: Facts that could be edited.
         score: The suite's harmonic mean over them; ``None`` where none could.
         parts: The means that enter the score.
+        margin: Mean of the parts' magnitudes (by how much the right answer is ahead, or how probable it is), 0 without any.
         skipped: Why facts could not be edited.
         seconds: Wall time.
     """
@@ -63,13 +63,14 @@ class Trial:
     n: int
     score: float | None
     parts: Mapping[str, float]
+    margin: float
     skipped: tuple[str, ...]
     seconds: float
 
     @property
     def rank(self) -> tuple[int, float, float]:
-        """Larger is better: more facts edited, then a larger score, then larger parts where the score is level (0 or 1)."""
-        return self.n, -1.0 if self.score is None else self.score, math.fsum(self.parts.values())
+        """Larger is better: more facts edited, then a larger score; over few facts scores are often equal, then the margin."""
+        return self.n, -1.0 if self.score is None else self.score, self.margin
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""

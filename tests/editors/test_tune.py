@@ -11,10 +11,10 @@ import editors.tune as tuning
 from editors.base import get_editor
 from editors.presets import find_preset
 from editors.tune import propose_places, tune, tuning_cases
-from editors.tune_records import TuneOptions
+from editors.tune_records import Trial, TuneOptions
 from lab.data.cases import CaseProbe, CaseSet, EditCase
 from lab.errors import ConfigError, DataError, OutputExistsError, UnknownNameError
-from lab.eval import SuiteOptions, get_suite
+from lab.eval import SuiteOptions, evaluate_editing, get_suite
 from lab.eval.atlas import atlas_cases
 from lab.handle import ModelHandle
 from lab.records import EditRequest
@@ -67,13 +67,28 @@ def tuned(handle, folder, spec="rome_identity", **changes: Any):
 
 class TestPlaces:
     def test_the_presets_own_come_first_then_the_strongest(self):
-        assert propose_places([0.1, 0.3, 0.2, 0.0, 0.9], (2,), 2) == [(2,), (1,)]
+        assert propose_places([0.1, 0.3, 0.2, 0.0, 0.9], (2,), 2) == [(2,), (1,), (0,)]
         assert propose_places([0.1, 0.3, 0.2, 0.0, 0.9], (0,), 2) == [(0,), (1,), (2,)]
 
     def test_windows_are_as_wide_as_the_presets_and_leave_the_last_block_out(self):
-        assert propose_places([0.0, 0.4, 0.5, 0.1, 9.0], (0, 1), 2) == [(0, 1), (1, 2), (2, 3)]
+        assert propose_places([0.0, 0.4, 0.5, 0.2, 9.0], (0, 1), 2) == [(0, 1), (1, 2), (2, 3)]
         assert propose_places([0.3, 0.7], (0, 1), 5) == [(0, 1), (0,)]
         assert propose_places([0.3], (0,), 5) == [(0,)]
+
+
+def test_more_edited_facts_count_before_the_score_and_the_margin_decides_between_equals():
+    def trial(n: int, score: float | None, margin: float) -> Trial:
+        return Trial({"layers": [0]}, n, score, {}, margin, (), 0.0)
+
+    ordered = [
+        trial(0, None, 0.0),
+        trial(1, 1.0, 0.9),
+        trial(2, 0.0, 0.9),
+        trial(2, 1.0, 0.1),
+        trial(2, 1.0, 0.2),
+    ]
+    shuffled = [ordered[place] for place in (3, 0, 4, 2, 1)]
+    assert sorted(shuffled, key=lambda each: each.rank) == ordered
 
 
 class TestTune:
@@ -84,7 +99,17 @@ class TestTune:
         assert len(found.facts) == 2
         best = max(found.trials, key=lambda trial: trial.rank)
         assert found.best == best
-        assert best.score is not None and best.n == 2
+        assert best.score is not None
+        assert best.n == 2
+        report = evaluate_editing(
+            counterfact(),
+            handle,
+            get_editor("rome_identity", **QUICK, **best.settings),
+            CaseSet("counterfact", "counterfact", "own.json", tuple(c for c in CASES if c.id in found.facts)),
+        )
+        assert report.metrics["score"].mean == pytest.approx(best.score)
+        magnitudes = [report.metrics[f"{part}_magnitude"].mean for part in counterfact().score_parts]
+        assert best.margin == pytest.approx(sum(size or 0.0 for size in magnitudes) / 3, rel=1e-4)
 
         file = str(tmp_path / "out" / "preset.toml")
         preset = find_preset(handle, "rome", file)
