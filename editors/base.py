@@ -95,7 +95,7 @@ class EditorOptions:
     Attributes:
         spec: The specification asked for (``"rome+sadr"``).
         penalties: Terms added to the value search, by name (``"sadr"``).
-        preset: A row of ``presets.toml`` by name; chosen by the model's shape without it.
+        preset: A row of ``presets.toml`` by name, or a file; chosen by the model's shape without it.
         stats: Key statistics on disk.
         corpus: Text behind the key statistics: ``"auto"``, ``"atlas"``, a file, ``"hub:..."``, or a ``Corpus``.
         prefixes: Fixed context templates, or a cache of generated ones.
@@ -125,6 +125,7 @@ class Method:
         takes_penalties: Whether ``+sadr`` may follow.
         build: Makes the editor.
         train: Makes the network that the editor needs (its setting ``network``); ``None`` where it needs none.
+        section: Of the preset table; the name without it.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Method:
     takes_penalties: bool
     build: Callable[[EditorOptions], Editor]
     train: Train | None = None
+    section: str = ""
 
 
 EDITORS: Registry[Method] = Registry(
@@ -180,7 +182,7 @@ def get_editor(
 
     Args:
         spec: A method, with penalties behind it: ``"rome"``, ``"rome+sadr"``, ``"memit+sadr"``.
-        preset: A row of ``presets.toml`` by name; without it the model's type and shape choose.
+        preset: A row of ``presets.toml`` by name, or a file with one row; without it the model's type and shape choose.
         stats: Where key statistics are kept; the user's cache folder without it.
         corpus: Text behind the key statistics.
         seed: Seeds the generated prefixes.

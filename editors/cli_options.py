@@ -13,7 +13,10 @@ PANEL = "Edit"
 Preset = Annotated[
     str | None,
     typer.Option(
-        "--preset", help="Named settings.", rich_help_panel=PANEL, show_default="those of the model's family"
+        "--preset",
+        help="Named settings, or a file of them (`knowlab tune` writes one).",
+        rich_help_panel=PANEL,
+        show_default="those of the model's family",
     ),
 ]
 Settings = Annotated[

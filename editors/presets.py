@@ -1,4 +1,4 @@
-"""Presets: which layers and search parameters a method uses on which model, read from ``presets.toml``."""
+"""Presets: which layers and search parameters a method uses on which model, from ``presets.toml`` or a file like it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from lab.errors import ConfigError, UnknownNameError
@@ -14,6 +15,9 @@ from lab.handle import ModelHandle
 CONFIG_FIELD = "knowlab_preset"
 """A model may name its preset in its own config under this key."""
 _SHAPE = ("hidden_size", "n_layers", "vocab_size")
+_PLAIN = ("name", "source", "model_type", *_SHAPE)
+FILE_SUFFIX = ".toml"
+"""A preset's name that ends so is a file with one row."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class Preset:
     Attributes:
         name: Row of the table.
         source: Where its values come from.
-        chosen: Why this row: ``"named"``, ``"config"`` (the model's own config names it), ``"shape"``, or
-            ``"fallback"`` (no row fits; layers are scaled by depth).
+        chosen: Why this row: ``"named"``, ``"config"`` (the model's own config names it), ``"file"``,
+            ``"shape"``, or ``"fallback"`` (no row fits; layers are scaled by depth).
         values: The method's own section.
         penalty: SADR's weight and steps for the method, with their source.
     """
@@ -46,14 +50,20 @@ def find_preset(handle: ModelHandle, section: str, name: str | None = None) -> P
     Args:
         handle: The model.
         section: The method's section (``"rome"``, ``"memit"``); a row adds to, or overrules, what ``[common.<section>]`` says.
-        name: A row by name; otherwise the row that the model's config names, the one of its type and shape, or the
-            fallback of its type.
+        name: A row by name, or a file with one row in the table's form (its name ends in ``.toml``); otherwise the row that
+            the model's config names, the one of its type and shape, or the fallback of its type.
 
     Raises:
         UnknownNameError: No row of that name.
-        ConfigError: The row says nothing about the method, or its layers do not exist in the model.
+        ConfigError: The row says nothing about the method, or its layers do not exist in the model; a file cannot be read,
+            or was made for a model of another shape.
     """
     table = read_table()
+    # Only the caller may name a file: what a downloaded config says must not open files.
+    if name is not None and name.endswith(FILE_SUFFIX):
+        row = read_row(name)
+        _check_shape(handle, row, name)
+        return _preset(row, section, table, "file", _layers_as_written(handle))
     rows = {str(row["name"]): row for row in table["preset"]}
     own = getattr(handle.config, CONFIG_FIELD, None)
     wanted = name or own
@@ -63,11 +73,7 @@ def find_preset(handle: ModelHandle, section: str, name: str | None = None) -> P
         return _preset(
             rows[wanted], section, table, "named" if name else "config", _layers_as_written(handle)
         )
-    shape = {
-        "hidden_size": handle.hidden_size,
-        "n_layers": handle.n_layers,
-        "vocab_size": handle.config.vocab_size,
-    }
+    shape = _shape_of(handle)
     for row in rows.values():
         fits = all(row[key] == shape[key] for key in _SHAPE if key in row)
         if fits and handle.config.model_type in row.get("model_type", ()) and "n_layers" in row:
@@ -82,6 +88,38 @@ def find_preset(handle: ModelHandle, section: str, name: str | None = None) -> P
 def read_table() -> dict[str, Any]:
     """The table as it stands in ``presets.toml``."""
     return tomllib.loads(files("editors").joinpath("presets.toml").read_text(encoding="utf-8"))
+
+
+def read_row(file: str | Path) -> dict[str, Any]:
+    """The row of a file in the form of ``presets.toml``.
+
+    Raises:
+        ConfigError: The file cannot be read, is no TOML, or does not hold exactly one well-formed ``[[preset]]``.
+    """
+    try:
+        found = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the preset file {file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"the preset file {file} is no TOML: {error}") from error
+    rows = found.get("preset")
+    if not isinstance(rows, list) or len(rows) != 1 or not isinstance(rows[0], dict):
+        raise ConfigError(f"the preset file {file} must hold one [[preset]]")
+    (row,) = rows
+    for key in ("name", "source"):
+        if not isinstance(row.get(key), str):
+            raise ConfigError(f"the preset in {file} needs a text {key!r}")
+    for section, values in row.items():
+        if section in _PLAIN:
+            continue
+        if not isinstance(values, dict):
+            raise ConfigError(f"{section!r} in {file} must be a section, such as [preset.{section}]")
+        layers = values.get("layers", [])
+        if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+            raise ConfigError(
+                f"layers under {section!r} in {file} must be a list of layer numbers, not {layers!r}"
+            )
+    return row
 
 
 def preset_names() -> tuple[str, ...]:
@@ -108,6 +146,24 @@ def _preset(
         **(own or common.get(section, {})),
     }
     return Preset(str(row["name"]), source, chosen, values, penalty)
+
+
+def _shape_of(handle: ModelHandle) -> dict[str, int]:
+    return {
+        "hidden_size": handle.hidden_size,
+        "n_layers": handle.n_layers,
+        "vocab_size": handle.config.vocab_size,
+    }
+
+
+def _check_shape(handle: ModelHandle, row: Mapping[str, Any], file: str) -> None:
+    shape = _shape_of(handle)
+    for key in _SHAPE:
+        if key in row and row[key] != shape[key]:
+            raise ConfigError(
+                f"the preset in {file} is for models with {key} {row[key]}, {handle.name!r} has {shape[key]}; tune this "
+                f"model, or take {key} out of the file"
+            )
 
 
 def _layers_as_written(handle: ModelHandle) -> Any:

@@ -347,6 +347,7 @@ ROME_IDENTITY = Method(
     "seconds per fact",
     True,
     _builder(key=("mixed",), covariance=(False,)),
+    section="rome",
 )
 R_ROME = Method(
     "r_rome",
@@ -355,4 +356,5 @@ R_ROME = Method(
     "key statistics once per model; then seconds per fact",
     True,
     _builder(key=("mean", "prompt"), covariance=(True,)),
+    section="rome",
 )
