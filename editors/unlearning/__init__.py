@@ -1,0 +1,1 @@
+"""Unlearning: methods that make a model lose facts."""
