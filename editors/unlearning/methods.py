@@ -10,14 +10,8 @@ from torch import Tensor
 from editors.base import check_names
 from editors.unlearning import losses
 from editors.unlearning.base import UnlearnMethod, UnlearnOptions
-from editors.unlearning.gradient import (
-    SHARED,
-    Answers,
-    GradientConfig,
-    GradientUnlearner,
-    Kind,
-    Objective,
-)
+from editors.unlearning.gradient import Answers, GradientUnlearner, Kind, Objective
+from editors.unlearning.settings import SHARED, GradientConfig
 
 Batch = Mapping[Kind, Answers]
 
