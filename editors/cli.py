@@ -1,4 +1,4 @@
-"""Commands that need an editing method: ``edit``, ``eval``, ``bench``, ``train-editor``, ``tune`` and ``demo``."""
+"""Commands that change what a model knows: ``edit``, ``eval``, ``bench``, ``train-editor``, ``tune``, ``unlearn`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from editors import cli_bench, cli_eval, cli_train, cli_tune
+from editors import cli_bench, cli_eval, cli_train, cli_tune, cli_unlearn
 from editors import cli_options as options
 from lab.cli import options as opt
 from lab.cli.output import check_out, console, progress, table, write_json
@@ -23,6 +23,7 @@ app.add_typer(cli_eval.app)
 app.add_typer(cli_bench.app)
 app.add_typer(cli_train.app)
 app.add_typer(cli_tune.app)
+app.add_typer(cli_unlearn.app)
 
 EditorSpec = Annotated[
     str,
