@@ -1,8 +1,9 @@
 """The rules: two next-token distributions in, scores of the next token out.
 
 Notation: ``c`` are log-probabilities with the documents, ``u`` without them, ``H`` is the entropy in nats. With its
-defaults, every rule keeps the best token where ``c`` equals ``u``. A token that the model itself rules out with the documents (log-probability
-minus infinity) stays ruled out, and one that it rules out in either stream gets no contrast, for its ratio has no value.
+defaults, every rule keeps the best token where ``c`` equals ``u``. A token that the model itself rules out with the
+documents (log-probability minus infinity) stays ruled out, and one that it rules out in either stream gets no contrast,
+for its ratio has no value.
 """
 
 from __future__ import annotations
