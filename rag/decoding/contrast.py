@@ -5,6 +5,7 @@ Each question is two rows of one left-padded batch with one key/value cache; a s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lab.decoding import end_tokens
-from lab.errors import ConfigError
+from lab.errors import ConfigError, RequestError
 from lab.handle import cut_at_stop
 from lab.scoring import greedy_tokens, log_probs
 from lab.tokens import Batch, encode_ids, pad_rows
@@ -46,6 +47,8 @@ class TwoStreams:
         self.handle = handle
         self.rule = rule
         rows = [*with_context, *without] if rule.uses_memory else list(with_context)
+        # Rows that are done are still fed beside the others, past the last place that they have.
+        self._last_place = position_limit(handle) - 1
         self._batch = pad_rows(rows, handle.pad_id, "left", handle.device)
         self._count = len(with_context)
         self._cache = DynamicCache()
@@ -65,7 +68,7 @@ class TwoStreams:
         batch = self._batch
         fed = torch.cat([tokens, tokens]) if self.rule.uses_memory else tokens
         mask = torch.cat([batch.attention_mask, torch.ones_like(batch.attention_mask[:, :1])], dim=1)
-        self._batch = Batch(fed[:, None], mask, batch.position_ids[:, -1:] + 1)
+        self._batch = Batch(fed[:, None], mask, (batch.position_ids[:, -1:] + 1).clamp_max(self._last_place))
 
 
 @torch.no_grad()
@@ -89,7 +92,7 @@ def contrast_generate(
         with_context: Prompts with documents.
         without: The same questions without them, as many.
         rule: Makes one distribution of two.
-        max_new_tokens: Longest continuation.
+        max_new_tokens: Longest continuation; it also ends where the model has no further position for the longer prompt.
         stop: A continuation ends before the first of these strings.
         batch_size: Questions in one forward pass, each of which is two rows.
 
@@ -98,6 +101,7 @@ def contrast_generate(
 
     Raises:
         ConfigError: The two lists differ in length, or a number is below 1.
+        RequestError: A prompt leaves no position for an answer.
     """
     if len(with_context) != len(without):
         raise ConfigError(
@@ -110,11 +114,20 @@ def contrast_generate(
     texts = [""] * len(with_context)
     with handle.reading():
         told, bare = (_ids(handle, handle.rewrite(prompts)) for prompts in (with_context, without))
+        limit = position_limit(handle)
+        for number, pair in enumerate(zip(told, bare, strict=True)):
+            if max(map(len, pair)) >= limit:
+                raise RequestError(
+                    f"prompt {number} has {max(map(len, pair))} tokens and the model {handle.name!r} reads {limit} with the "
+                    "answer; give shorter or fewer documents"
+                )
         order = sorted(range(len(texts)), key=lambda index: (len(told[index]), index))
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
+            room = [limit - max(len(told[i]), len(bare[i])) for i in chosen]
             streams = TwoStreams(handle, [told[i] for i in chosen], [bare[i] for i in chosen], rule)
-            for index, text in zip(chosen, _decode(streams, len(chosen), max_new_tokens, stop), strict=True):
+            longest = [min(max_new_tokens, left) for left in room]
+            for index, text in zip(chosen, _decode(streams, longest, stop), strict=True):
                 texts[index] = text
     return texts
 
@@ -125,12 +138,19 @@ def _ids(handle: ModelHandle, prompts: Sequence[str]) -> list[list[int]]:
     return [encode_ids(handle.tokenizer, prompt) or empty for prompt in prompts]
 
 
-def _decode(streams: TwoStreams, count: int, longest: int, stop: Sequence[str]) -> list[str]:
+def position_limit(handle: ModelHandle) -> int:
+    """Positions that the model has; without end where its config names none."""
+    named = getattr(handle.config, "max_position_embeddings", None)
+    return named if isinstance(named, int) and named > 0 else sys.maxsize
+
+
+def _decode(streams: TwoStreams, longest: Sequence[int], stop: Sequence[str]) -> list[str]:
+    """Continuations of every question, each of at most ``longest[question]`` tokens."""
     handle = streams.handle
     ends = set(end_tokens(handle))
-    said: list[list[int]] = [[] for _ in range(count)]
-    running = set(range(count))
-    for step in range(longest):
+    said: list[list[int]] = [[] for _ in longest]
+    running = set(range(len(longest)))
+    while True:
         tokens = greedy_tokens(streams.scores())
         for row, token in enumerate(tokens.tolist()):
             if row not in running:
@@ -140,9 +160,8 @@ def _decode(streams: TwoStreams, count: int, longest: int, stop: Sequence[str]) 
                 continue
             said[row].append(token)
             text = handle.decode(said[row])
-            if any(mark in text for mark in stop):
+            if len(said[row]) == longest[row] or any(mark in text for mark in stop):
                 running.discard(row)
-        if not running or step + 1 == longest:
-            break
+        if not running:
+            return [cut_at_stop(handle.decode(row), stop) for row in said]
         streams.extend(tokens)
-    return [cut_at_stop(handle.decode(row), stop) for row in said]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab.errors import ConfigError, UnknownNameError
+from lab.errors import ConfigError, RequestError, UnknownNameError
 from lab.handle import ModelHandle
 from rag.decoding import DECODERS, TwoStreams, contrast_generate, get_rule
 from rag.decoding.rules import CAD, COIECD, AdaCAD, CKPlug, Greedy, jensen_shannon
@@ -196,3 +196,16 @@ def test_names_and_settings():
 def test_lists_of_different_length_are_refused(tiny):
     with pytest.raises(ConfigError, match="2 prompts with documents, 1 without"):
         contrast_generate(tiny, WITH, WITHOUT[:1], CAD())
+
+
+def test_an_answer_ends_where_the_positions_do():
+    handle = tiny_handle("gpt2", scale=2.0)
+    word = handle.tokenizer(" Paris")["input_ids"]
+    long = " Paris" * (253 // len(word))
+    used = len(handle.tokenizer(long)["input_ids"])
+    assert 250 <= used < 256
+    full, short = contrast_generate(handle, [long, WITH[0]], [WITHOUT[0]] * 2, CAD(), max_new_tokens=12)
+    assert full == contrast_generate(handle, [long], [WITHOUT[0]], CAD(), max_new_tokens=256 - used)[0]
+    assert short == contrast_generate(handle, [WITH[0]], [WITHOUT[0]], CAD(), max_new_tokens=12)[0]
+    with pytest.raises(RequestError, match="prompt 1 has"):
+        contrast_generate(handle, WITH, [WITHOUT[0], long * 2], CAD())

@@ -111,6 +111,7 @@ def test_the_built_in_model_is_asked_in_its_own_format(model):
 
 def test_any_model_reads_and_empty_questions_are_refused():
     handle = tiny_handle("llama", scale=2.0)
+    handle.config.max_position_embeddings = 2048
     for name in READERS.names():
         reader = READERS.get(name)(handle, get_rule("cad"), max_new_tokens=3)
         reading = reader.read("Where is Rome?", DOCUMENTS)
