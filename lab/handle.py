@@ -407,10 +407,11 @@ class ModelHandle:
             options |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
         out = self.model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)  # type: ignore[operator]
         continuations = [self.decode(row) for row in out[:, batch.input_ids.shape[1] :]]
-        return [_cut(text, stop) for text in continuations]
+        return [cut_at_stop(text, stop) for text in continuations]
 
 
-def _cut(text: str, stop: Sequence[str]) -> str:
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """``text`` before the first of the strings in ``stop``; all of it where none occurs."""
     found = [position for position in (text.find(mark) for mark in stop) if position >= 0]
     return text[: min(found)] if found else text
 

@@ -1,1 +1,1 @@
-"""Answering with documents: the floor beside ``editors``. It holds no reader yet, only its place on the command line."""
+"""Answering with documents: the floor beside ``editors``. Decoding rules, readers, and verdicts on memory against documents."""

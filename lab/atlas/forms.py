@@ -277,6 +277,17 @@ class Format:
             raise ConfigError(f"note kind {kind!r} is not one of {', '.join(NOTE_KINDS)}")
         return Note(kind, self._notes[kind].format(label=label, object=object, subject=subject))
 
+    def note_fields(self, note: Note) -> dict[str, str]:
+        """What ``note`` was called with (``label``, ``object``, ``subject``), read back from a note; empty where it has another shape.
+
+        A label or subject that holds the template's own signs is cut at the first of them.
+        """
+        pattern = re.escape(self._notes.get(note.kind, ""))
+        for field, shape in (("subject", ".+?"), ("label", ".+?"), ("object", ".+")):
+            pattern = pattern.replace(re.escape(f"{{{field}}}"), f"(?P<{field}>{shape})")
+        found = re.fullmatch(pattern, note.text)
+        return found.groupdict() if found else {}
+
     def clean(self, generated: str) -> str:
         """What a model generated, cut at the first stop, without blanks at its ends and without a full stop before a break."""
         line, stop, _ = generated.partition(self.stop[0])

@@ -1,0 +1,80 @@
+"""Chain-of-Note: a note on every document before the answer (arXiv:2311.09210)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from rag.decoding import contrast_generate
+from rag.decoding.rules import Greedy
+from rag.notes import Written
+from rag.readers.base import Item, Reader, Reading
+from rag.readers.prompted import DirectReader
+
+# A note is a sentence, and there is an answer behind the notes.
+_TOKENS_PER_NOTE = 40
+
+
+class NotesReader(Reader):
+    """Notes that call each document direct, contextual or irrelevant, then the answer.
+
+    Notes are always decoded plainly. A contrasting rule decodes the answer alone, after the finished notes and against the bare
+    question: before that point the two streams would have to share notes on documents that one of them lacks. A model whose
+    notes hold no answer is asked again without notes.
+    """
+
+    title: ClassVar[str] = "a note on every document before the answer"
+    paper: ClassVar[str] = "arXiv:2311.09210"
+    cost: ClassVar[str] = "a note a document, then one answer"
+
+    def _read(self, items: Sequence[Item]) -> list[Reading]:
+        # Without documents there is nothing to note.
+        noted = [index for index, (_, passages) in enumerate(items) if passages]
+        found: dict[int, Reading] = {}
+        if noted:
+            found = dict(zip(noted, self._with_notes([items[index] for index in noted]), strict=True))
+        missing = [index for index in range(len(items)) if index not in found or not found[index].answer]
+        if missing:
+            direct = DirectReader(self.handle, self.rule, max_new_tokens=self.max_new_tokens)
+            again = direct.read_many([items[index] for index in missing])
+            for index, reading in zip(missing, again, strict=True):
+                before = found.get(index)
+                found[index] = (
+                    reading
+                    if before is None
+                    else replace(reading, notes=before.notes, raw=before.raw, fallback=True)
+                )
+        return [found[index] for index in range(len(items))]
+
+    def _with_notes(self, items: Sequence[Item]) -> list[Reading]:
+        prompts = [self.prompts.notes(*item) for item in items]
+        longest = max(len(passages) for _, passages in items)
+        texts = contrast_generate(
+            self.handle,
+            prompts,
+            prompts,
+            Greedy(),
+            max_new_tokens=self.max_new_tokens + _TOKENS_PER_NOTE * longest,
+            stop=self.prompts.note_stop,
+        )
+        readings = []
+        for (question, passages), text in zip(items, texts, strict=True):
+            written = self.prompts.written(text, len(passages))
+            readings.append(self._reading(question, written, text))
+        if not self.rule.uses_memory:
+            return readings
+        answered = [index for index, reading in enumerate(readings) if reading.answer]
+        if answered:
+            after = [self.prompts.after_notes(prompts[index], texts[index]) for index in answered]
+            for index, reading in zip(
+                answered, self._answers(after, [items[index] for index in answered]), strict=True
+            ):
+                readings[index] = replace(
+                    readings[index], answer=reading.answer, known=self.prompts.knows(reading.answer)
+                )
+        return readings
+
+    def _reading(self, question: str, written: Written, raw: str) -> Reading:
+        known = self.prompts.knows(written.answer)
+        return Reading(question, written.answer, known, written.notes, raw)

@@ -1,0 +1,157 @@
+"""Readers with the built-in model, and the prompts of models without a format."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from lab.atlas.forms import load_format
+from lab.atlas.weights import weights_path
+from lab.data.text import normalize_answer
+from lab.errors import RequestError, UnknownNameError
+from lab.handle import ModelHandle
+from lab.records import Passage
+from lab.tokens import encode_ids
+from rag.decoding import get_rule
+from rag.notes import ReadingNote
+from rag.prompts import FormatPrompts, PlainPrompts, prompts_for
+from rag.readers import READERS
+from tests.rag.facts import conflicts
+from tests.tiny import tiny_handle
+
+COUNT = 12
+CASES = conflicts(COUNT)
+DOCUMENTS = [Passage("a", "Rome is old.", trust="verified"), Passage("b", "Paris is big.")]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelHandle:
+    if weights_path("atlas") is None:
+        pytest.skip("the weights of atlas are not part of this installation")
+    return ModelHandle.load("atlas")
+
+
+def share(readings, wanted) -> float:
+    return sum(
+        normalize_answer(reading.answer) == normalize_answer(answer)
+        for reading, answer in zip(readings, wanted, strict=True)
+    ) / len(wanted)
+
+
+def test_the_table_of_readers():
+    assert READERS.names() == ("direct", "faithful", "con")
+    for name in READERS.names():
+        kind = READERS.get(name)
+        assert kind.title and kind.cost
+    with pytest.raises(UnknownNameError, match="direct"):
+        READERS.get("dirct")
+
+
+@pytest.mark.parametrize("name", READERS.names())
+def test_a_contradicted_model_wavers_and_context_aware_decoding_decides_it(model, name):
+    items = [(case.question, [case.document]) for case in CASES]
+    plain = READERS.get(name)(model).read_many(items)
+    aware = READERS.get(name)(model, get_rule("cad")).read_many(items)
+    told, known = [case.told for case in CASES], [case.known for case in CASES]
+    assert share(plain, told) + share(plain, known) >= 0.8
+    assert share(aware, told) >= 0.8
+    assert share(aware, told) > share(plain, told)
+
+
+def test_the_dial_of_ck_plug_turns_answers_to_memory(model):
+    items = [(case.question, [case.document]) for case in CASES]
+    answers = READERS.get("direct")(model, get_rule("ck_plug:memory=1")).read_many(items)
+    assert share(answers, [case.known for case in CASES]) >= 0.8
+
+
+@pytest.mark.parametrize("rule", ["greedy", "adacad"])
+def test_notes_tell_documents_apart(model, rule):
+    cases = CASES[:6]
+    reader = READERS.get("con")(model, get_rule(rule))
+    readings = reader.read_many([(case.question, [case.about_another, case.agreeing]) for case in cases])
+    assert share(readings, [case.known for case in cases]) >= 0.8
+    kinds = [tuple((note.document, note.kind) for note in reading.notes) for reading in readings]
+    assert kinds.count(((1, "irrelevant"), (2, "direct"))) >= 5
+    assert not any(reading.fallback for reading in readings)
+
+
+def test_without_documents_every_reader_is_the_closed_book(model):
+    case = CASES[0]
+    for name in READERS.names():
+        reading = READERS.get(name)(model, get_rule("cad")).read(case.question, [])
+        assert (reading.answer, reading.notes, reading.known) == (case.known, (), True)
+
+
+def test_what_nobody_knows_is_unknown(model):
+    reading = READERS.get("con")(model).read("Who wrote The Zzyx of Qworp?", [])
+    assert reading.answer == load_format().unknown and not reading.known
+
+
+def test_the_built_in_model_is_asked_in_its_own_format(model):
+    prompts, format = prompts_for(model), load_format()
+    assert isinstance(prompts, FormatPrompts)
+    wanted = format.render("documents", question="Q?", documents=DOCUMENTS)
+    assert prompts.direct("Q?", DOCUMENTS) == wanted.prompt
+    note = format.note("direct", subject="Rome", label="age", object="old")
+    text = format.render(
+        "notes_then_answer", question="Q?", documents=DOCUMENTS, notes=[note, note], answer="old"
+    )
+    written = prompts.written(f" {text.answer}{text.stop}", 2)
+    assert written.answer == "old"
+    assert written.notes == tuple(ReadingNote(number, note.kind, note.text) for number in (1, 2))
+    assert prompts.claim(written.notes[0]) == "old"
+    after = prompts.after_notes(prompts.notes("Q?", DOCUMENTS), f" {text.answer}{text.stop}")
+    assert text.text == f"{after} old{text.stop}"
+
+
+def test_any_model_reads_and_empty_questions_are_refused():
+    handle = tiny_handle("llama", scale=2.0)
+    handle.config.max_position_embeddings = 2048
+    for name in READERS.names():
+        reader = READERS.get(name)(handle, get_rule("cad"), max_new_tokens=3)
+        reading = reader.read("Where is Rome?", DOCUMENTS)
+        assert reading.answer and reading.to_json()["answer"] == reading.answer
+        assert reading.fallback == (name == "con")
+        with pytest.raises(RequestError, match="question 1 is empty"):
+            reader.read_many([("Q?", []), (" ", [])])
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_plain_prompts_name_everything_and_end_alike(template):
+    tokenizer = copy.deepcopy(tiny_handle("llama").tokenizer)
+    tokenizer.chat_template = template
+    tokenizer.bos_token = "<|end|>"
+    prompts = PlainPrompts(tokenizer)
+    made = [prompts.direct("Q?", DOCUMENTS), prompts.faithful("Q?", DOCUMENTS), prompts.closed("Q?")]
+    notes = prompts.notes("Q?", DOCUMENTS)
+    after = prompts.after_notes(notes, "direct): Rome is old\n\nAnswer: it is old")
+    for text in (*made[:2], notes, after):
+        assert "Rome is old." in text and "Paris is big." in text and "Q?" in text
+    assert "Document 1 (verified): Rome" in made[0]
+    assert len({text[-8:] for text in made}) == 1
+    assert all(text.endswith("Answer:") for text in (*made, after)) and "it is old" not in after
+    assert prompts.written("direct): old\nNote 7 (direct): x\nAnswer: **Rome**.", 2).notes == (
+        ReadingNote(1, "direct", "old"), ReadingNote(None, "direct", "x"),
+    )  # fmt: skip
+    assert prompts.answer("**Rome**.\nmore") == prompts.answer(" **Rome.**") == "Rome"
+    assert prompts.answer(" \n") == "unknown" and not prompts.knows("Unknown.")
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_chat_prompt_starts_once(adds):
+    tokenizer = copy.deepcopy(tiny_handle("llama").tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.bos_token = "<|end|>"
+    if adds:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|end|> $A", special_tokens=[("<|end|>", tokenizer.bos_token_id)]
+        )
+    ids = encode_ids(tokenizer, PlainPrompts(tokenizer).closed("Q?"))
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
