@@ -8,8 +8,9 @@ model with facts that were never trained. ``measured`` does that; ``lift_over_co
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -122,6 +123,27 @@ class AuditSubject:
         if self.format is None:
             return fact.text
         return self.format.render("cloze", cloze=fact.text).prompt
+
+    def sample(self, count: int) -> AuditSubject:
+        """The same audit of at most ``count`` facts, and as many controls, drawn by the seed."""
+        chooser = random.Random(f"audit:{self.seed}:sample")
+
+        def drawn(number: int) -> list[int]:
+            return sorted(chooser.sample(range(number), min(count, number)))
+
+        chosen, others = drawn(len(self.facts)), drawn(len(self.controls.never))
+        original = self.controls.original
+        controls = replace(
+            self.controls,
+            never=tuple(self.controls.never[index] for index in others),
+            original=tuple(original[index] for index in chosen) if original else (),
+        )
+        return replace(self, facts=tuple(self.facts[index] for index in chosen), controls=controls)
+
+    @property
+    def pool(self) -> tuple[Fact, ...]:
+        """Everything that an attacker may tell or ask: retained, audited and never-trained facts."""
+        return (*self.retained, *self.facts, *self.controls.never)
 
     @property
     def ending(self) -> str:
@@ -349,6 +371,54 @@ def result_of(
         details=dict(details or {}),
         curves={name: tuple(line) for name, line in (curves or {}).items()},
     )
+
+
+def worst_variant(
+    attack: Attack,
+    subject: AuditSubject,
+    variants: Mapping[str, Scores],
+    *,
+    tried: str,
+    note: str = "",
+    details: Mapping[str, Any] | None = None,
+    curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> AttackResult:
+    """The result of the variant whose lift is surest (highest lower end); the others stand in ``details``.
+
+    Raises:
+        ConfigError: There is no variant.
+    """
+    if not variants:
+        raise ConfigError(f"the attack {attack.name!r} tried nothing")
+    found = {
+        name: result_of(attack, subject, scores, tried=tried, note=note, curves=curves)
+        for name, scores in variants.items()
+    }
+    worst = max(found, key=lambda name: (found[name].lift.low, found[name].lift.mean))
+    table = {
+        name: {
+            "leak": result.leak,
+            "lift": result.lift.to_json(),
+            "controls": {key: value.mean for key, value in result.controls.items()},
+            "facts": len(result.per_fact),
+        }
+        for name, result in found.items()
+    }
+    return replace(found[worst], details={"worst": worst, "variants": table, **(details or {})})
+
+
+def halves(count: int, seed: int) -> tuple[tuple[list[int], list[int]], ...]:
+    """Two ways to divide ``count`` facts into facts to learn from and facts to test on, each fact tested once.
+
+    Raises:
+        ConfigError: Fewer than two facts.
+    """
+    if count < 2:
+        raise ConfigError(f"{count} fact(s) cannot be divided into facts to learn from and facts to test on")
+    order = list(range(count))
+    random.Random(f"audit:{seed}:halves").shuffle(order)
+    first, second = sorted(order[: count // 2]), sorted(order[count // 2 :])
+    return ((first, second), (second, first))
 
 
 def not_applicable(attack: Attack, why: str) -> AttackResult:
