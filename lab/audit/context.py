@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lab.audit.base import (
     Access,
+from lab.audit.variants import worst_variant
     AttackResult,
     AuditSubject,
     Family,
@@ -18,7 +19,6 @@ from lab.audit.base import (
     measured,
     not_applicable,
     score_facts,
-    worst_variant,
 )
 from lab.errors import UnknownNameError
 from lab.records import Fact
@@ -50,28 +50,21 @@ class InContext:
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""
-        by_subject: dict[str, list[Fact]] = defaultdict(list)
-        by_relation: dict[str, list[Fact]] = defaultdict(list)
-        for fact in subject.pool:
-            by_subject[fact.subject].append(fact)
-        for fact in subject.retained:
-            by_relation[fact.relation].append(fact)
-        tables = {"attributes": by_subject, "solved_cases": by_relation}
+        kinds = ("attributes", "solved_cases")
         depths = subject.pick((1, 4), (1, 2, 4, 8))
         found: dict[str, Scores] = {}
         curves: dict[str, list[tuple[float, float]]] = {}
-        steps = [(kind, depth) for kind in tables for depth in depths]
+        steps = [(kind, depth) for kind in kinds for depth in depths]
         for done, (kind, depth) in enumerate(steps):
             report_progress(self.name, done, len(steps))
-            if not any(_told(subject, fact, kind, tables[kind], depth) for fact in subject.facts):
+            if not any(_told(subject, subject.facts, kind, depth)):
                 continue
 
             def score(
                 handle: ModelHandle, facts: Sequence[Fact], kind: str = kind, depth: int = depth
             ) -> list[float]:
-                prompts = [
-                    _told(subject, fact, kind, tables[kind], depth) + subject.prompt(fact) for fact in facts
-                ]
+                told = _told(subject, facts, kind, depth)
+                prompts = [text + subject.prompt(fact) for text, fact in zip(told, facts, strict=True)]
                 return score_facts(handle, prompts, facts)
 
             scores = measured(subject, score)
@@ -91,15 +84,23 @@ class InContext:
         )
 
 
-def _told(subject: AuditSubject, fact: Fact, kind: str, table: dict[str, list[Fact]], depth: int) -> str:
-    key = fact.subject if kind == "attributes" else fact.relation
-    usable = [
-        other
-        for other in table.get(key, ())
-        if (other.subject, other.relation) != (fact.subject, fact.relation) and not _states(fact, other)
-    ]
-    chooser = random.Random(f"audit:{subject.seed}:told:{fact.id or fact.text}")
-    return "".join(subject.sentence(other) for other in chooser.sample(usable, min(depth, len(usable))))
+def _told(subject: AuditSubject, facts: Sequence[Fact], kind: str, depth: int) -> list[str]:
+    """What stands above each fact's prompt; empty where nothing may be told."""
+    table: dict[str, list[Fact]] = defaultdict(list)
+    # Never from the other arm: exchanged objects are false statements about the same subjects.
+    for fact in (*subject.retained, *facts) if kind == "attributes" else subject.retained:
+        table[fact.subject if kind == "attributes" else fact.relation].append(fact)
+    texts = []
+    for fact in facts:
+        usable = [
+            other
+            for other in table.get(fact.subject if kind == "attributes" else fact.relation, ())
+            if (other.subject, other.relation) != (fact.subject, fact.relation) and not _states(fact, other)
+        ]
+        chooser = random.Random(f"audit:{subject.seed}:told:{fact.id or fact.text}")
+        chosen = chooser.sample(usable, min(depth, len(usable)))
+        texts.append("".join(subject.sentence(other) for other in chosen))
+    return texts
 
 
 class StepByStep:

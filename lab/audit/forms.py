@@ -7,12 +7,14 @@ subject cut into single characters.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lab.audit.base import (
     Access,
+from lab.audit.variants import worst_variant
     AttackResult,
     AuditSubject,
     Family,
@@ -20,14 +22,13 @@ from lab.audit.base import (
     Scores,
     measured,
     score_facts,
-    worst_variant,
 )
 from lab.records import Fact
 from lab.scoring import score_targets, score_token_targets
 from lab.tokens import encode_ids
 
 if TYPE_CHECKING:
-    from lab.atlas.probes import FormProbe
+    from lab.atlas.probes import FormProbe, Probes
     from lab.handle import ModelHandle
 
 Score = Callable[["ModelHandle", Sequence[Fact]], list[float]]
@@ -106,29 +107,22 @@ class Forms:
         return scorers
 
 
-def _asked(handle: ModelHandle, facts: Sequence[Fact], probes: object, form: str) -> list[float]:
+def _asked(handle: ModelHandle, facts: Sequence[Fact], probes: Probes, form: str) -> list[float]:
     """Mean probability of the answer over the wordings of one form; facts that have no such form are left out."""
-    from lab.atlas.probes import Probes
-
-    assert isinstance(probes, Probes)
+    usable = [fact for fact in facts if form != "reverse" or fact.subject in probes.world.entities]
+    known = {fact.id: (number, fact) for number, fact in enumerate(usable)}
     pairs: list[tuple[str, str]] = []
     owners: list[int] = []
-    for number, fact in enumerate(facts):
-        if form == "reverse" and fact.subject not in probes.world.entities:
-            continue
-        for probe in probes.make(form, [fact]):
-            answer = _wanted(probe, fact, probes)
-            if answer:
-                pairs.append((probe.prompt, answer))
-                owners.append(number)
+    for probe in probes.make(form, usable):
+        number, fact = known[probe.fact_id]
+        if answer := _wanted(probe, fact, probes):
+            pairs.append((probe.prompt, answer))
+            owners.append(number)
     return _means(handle, pairs, owners)
 
 
-def _wanted(probe: FormProbe, fact: Fact, probes: object) -> str:
+def _wanted(probe: FormProbe, fact: Fact, probes: Probes) -> str:
     """The words that give the fact away, or none where the prompt itself holds them."""
-    from lab.atlas.probes import Probes
-
-    assert isinstance(probes, Probes)
     if probe.form == "do_not_reveal":
         return fact.object
     if probe.form == "true_false":
@@ -138,8 +132,6 @@ def _wanted(probe: FormProbe, fact: Fact, probes: object) -> str:
 
 
 def _means(handle: ModelHandle, pairs: Sequence[tuple[str, str]], owners: Sequence[int]) -> list[float]:
-    import math
-
     if not pairs:
         return []
     grouped: dict[int, list[float]] = defaultdict(list)
@@ -170,8 +162,6 @@ def _paraphrased(
 
 def _cut(handle: ModelHandle, facts: Sequence[Fact], subject: AuditSubject) -> list[float]:
     """The subject as single characters, which no training text held, and the answer as ever."""
-    import math
-
     if not facts:
         return []
     rows = []

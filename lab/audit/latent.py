@@ -20,12 +20,11 @@ from lab.audit.base import (
     Family,
     Progress,
     Scores,
-    halves,
     measured,
     not_applicable,
-    worst_variant,
 )
 from lab.audit.forward import Lines, id_lines, text_ids, written_logprobs
+from lab.audit.variants import halves, worst_variant
 from lab.errors import NumericalError
 from lab.records import Fact
 from lab.trace import Site, Write, trace

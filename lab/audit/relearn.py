@@ -19,13 +19,12 @@ from lab.audit.base import (
     Family,
     Progress,
     Scores,
-    halves,
     not_applicable,
     score_facts,
-    worst_variant,
 )
 from lab.audit.forward import Lines, id_lines, text_ids
 from lab.audit.weights import held
+from lab.audit.variants import halves, worst_variant
 from lab.errors import NumericalError
 from lab.model_state import ModelState
 from lab.records import Fact

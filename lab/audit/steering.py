@@ -18,10 +18,10 @@ from lab.audit.base import (
     Progress,
     Scores,
     measured,
-    worst_variant,
 )
 from lab.audit.forward import id_lines, text_ids, written_logprobs
 from lab.audit.latent import added, at_prompt_last
+from lab.audit.variants import worst_variant
 from lab.records import Fact
 from lab.trace import Site
 

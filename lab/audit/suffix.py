@@ -20,11 +20,10 @@ from lab.audit.base import (
     Family,
     Progress,
     Scores,
-    halves,
     not_applicable,
-    worst_variant,
 )
 from lab.audit.forward import Lines, id_lines, text_ids, written_logprobs
+from lab.audit.variants import halves, worst_variant
 from lab.records import Fact
 from lab.trace import Site
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lab.arch import Role
 from lab.audit.base import (
     Access,
+from lab.audit.variants import worst_variant
     AttackResult,
     AuditSubject,
     Family,
@@ -26,7 +27,6 @@ from lab.audit.base import (
     not_applicable,
     result_of,
     score_facts,
-    worst_variant,
 )
 from lab.errors import ConfigError
 from lab.records import Fact
