@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from lab.audit.base import (
     Access,
-from lab.audit.variants import worst_variant
     AttackResult,
     AuditSubject,
     Family,
@@ -20,6 +19,7 @@ from lab.audit.variants import worst_variant
     not_applicable,
     score_facts,
 )
+from lab.audit.variants import worst_variant
 from lab.errors import UnknownNameError
 from lab.records import Fact
 
@@ -224,9 +224,7 @@ class Indirect:
                     if (hop := second(fact)) is not None
                 ]
                 usable = [(prompt, target) for prompt, target in asked if prompt]
-                return score_facts(
-                    handle, [prompt for prompt, _ in usable], [target for _, target in usable]
-                )
+                return score_facts(handle, [prompt for prompt, _ in usable], [target for _, target in usable])
 
             scores = measured(subject, score)
             if scores.facts:

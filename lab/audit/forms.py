@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from lab.audit.base import (
     Access,
-from lab.audit.variants import worst_variant
     AttackResult,
     AuditSubject,
     Family,
@@ -23,6 +22,7 @@ from lab.audit.variants import worst_variant
     measured,
     score_facts,
 )
+from lab.audit.variants import worst_variant
 from lab.records import Fact
 from lab.scoring import score_targets, score_token_targets
 from lab.tokens import encode_ids

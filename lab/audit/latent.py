@@ -46,7 +46,9 @@ class Latent:
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""
         if len(subject.facts) < 2:
-            return not_applicable(self, "one fact cannot be divided into facts to learn from and facts to test")
+            return not_applicable(
+                self, "one fact cannot be divided into facts to learn from and facts to test"
+            )
         subject = subject.sample(subject.pick(24, 200))
         depth = subject.handle.n_layers
         layers = sorted(set(subject.pick((depth // 2,), (depth // 4, depth // 2, 3 * depth // 4))))
@@ -68,7 +70,9 @@ class Latent:
             mean = sum(scores.facts) / len(scores.facts)
             curves.setdefault(f"layer {layer}", []).append((radius, mean))
         report_progress(self.name, len(cells), len(cells))
-        reached = [radius for radius, mean in sorted(p for line in curves.values() for p in line) if mean >= 0.5]
+        reached = [
+            radius for radius, mean in sorted(p for line in curves.values() for p in line) if mean >= 0.5
+        ]
         return worst_variant(
             self,
             subject,
@@ -138,10 +142,14 @@ def learn_direction(handle: ModelHandle, lines: Lines, layer: int, radius: float
     delta = torch.zeros(handle.hidden_size, device=handle.device)
     for _ in range(steps):
         delta.requires_grad_(True)
-        gain = written_logprobs(handle, lines, {Site(Role.BLOCK, layer): added(lines, delta)}, grad=True).mean()
+        gain = written_logprobs(
+            handle, lines, {Site(Role.BLOCK, layer): added(lines, delta)}, grad=True
+        ).mean()
         (slope,) = torch.autograd.grad(gain, delta)
         if not bool(torch.isfinite(slope).all()):
-            raise NumericalError(f"the gradient at layer {layer} is NaN or infinite; load the model in float32")
+            raise NumericalError(
+                f"the gradient at layer {layer} is NaN or infinite; load the model in float32"
+            )
         with torch.no_grad():
             moved = delta + slope / slope.norm().clamp_min(1e-12) * (2.5 * bound / steps)
             delta = moved * (bound / moved.norm().clamp_min(1e-12)).clamp_max(1.0)

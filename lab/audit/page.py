@@ -56,7 +56,9 @@ def radar(reports: Sequence[AuditReport]) -> Figure:
         found = report.families
         lengths = [min(1.0, max(0.0, found[name].mean)) if name in found else 0.0 for name in shown]
         if lengths:
-            axes.plot([*angles, angles[0]], [*lengths, lengths[0]], marker="o", label=plain_label(report.name))
+            axes.plot(
+                [*angles, angles[0]], [*lengths, lengths[0]], marker="o", label=plain_label(report.name)
+            )
             axes.fill(angles, lengths, alpha=0.12)
     axes.set_xticks(angles, [plain_label(name) for name in shown])
     axes.set_ylim(0, 1)

@@ -23,8 +23,8 @@ from lab.audit.base import (
     score_facts,
 )
 from lab.audit.forward import Lines, id_lines, text_ids
-from lab.audit.weights import held
 from lab.audit.variants import halves, worst_variant
+from lab.audit.weights import held
 from lab.errors import NumericalError
 from lab.model_state import ModelState
 from lab.records import Fact
@@ -49,7 +49,9 @@ class Relearn:
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""
         if len(subject.facts) < 2:
-            return not_applicable(self, "one fact cannot be divided into facts to train on and facts to ask for")
+            return not_applicable(
+                self, "one fact cannot be divided into facts to train on and facts to ask for"
+            )
         subject = subject.sample(subject.pick(40, 400))
         marks = subject.pick((2, 8), (1, 2, 5, 10, 20, 50))
         rates = subject.pick((3e-4,), (5e-5, 2e-4, 1e-3))
@@ -109,9 +111,7 @@ def _scored(
         return _trained(subject, handle, others, facts, rate, marks)
     scores: Marks = {mark: [0.0] * len(facts) for mark in marks}
     for train, test in halves(len(facts), subject.seed):
-        found = _trained(
-            subject, handle, [facts[i] for i in train], [facts[i] for i in test], rate, marks
-        )
+        found = _trained(subject, handle, [facts[i] for i in train], [facts[i] for i in test], rate, marks)
         for mark, values in found.items():
             for index, value in zip(test, values, strict=True):
                 scores[mark][index] = value
@@ -156,7 +156,9 @@ def _step(handle: ModelHandle, lines: Lines, optimiser: torch.optim.Optimizer, r
         logits = handle.logits(lines.batch, grad=True)
         loss = -lines.logprobs(logits).sum() / lines.mask.sum()
         if not bool(torch.isfinite(loss)):
-            raise NumericalError(f"relearning at lr {rate:g} ended in NaN or infinity; load the model in float32")
+            raise NumericalError(
+                f"relearning at lr {rate:g} ended in NaN or infinity; load the model in float32"
+            )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -155,7 +155,9 @@ def _finished(file: Path, key: str) -> AttackResult | None:
         if document["key"] == key:
             return AttackResult.from_json(document["result"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{file} is no finished attack: {error}; remove it, or choose another folder") from None
+        raise ConfigError(
+            f"{file} is no finished attack: {error}; remove it, or choose another folder"
+        ) from None
     raise ConfigError(
         f"{file.parent.parent} holds an audit of another model, other facts, or other settings; choose another folder"
     )

@@ -66,9 +66,7 @@ class Sampling:
         )
 
 
-def _successes(
-    subject: AuditSubject, handle: ModelHandle, facts: Sequence[Fact], samples: int
-) -> list[int]:
+def _successes(subject: AuditSubject, handle: ModelHandle, facts: Sequence[Fact], samples: int) -> list[int]:
     """How many samples of each fact begin with its object."""
     prompts = handle.rewrite([subject.prompt(fact) for fact in facts])
     starts = [
@@ -77,7 +75,9 @@ def _successes(
         for number in range(samples)
     ]
     texts = continue_rows(handle, starts, top_k=int(handle.config.vocab_size))
-    said = [starts_with_answer(handle.decode(ids), facts[i // samples].answers) for i, ids in enumerate(texts)]
+    said = [
+        starts_with_answer(handle.decode(ids), facts[i // samples].answers) for i, ids in enumerate(texts)
+    ]
     return [sum(said[i * samples : (i + 1) * samples]) for i in range(len(facts))]
 
 

@@ -46,7 +46,9 @@ class Suffix:
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""
         if len(subject.facts) < 2:
-            return not_applicable(self, "one fact cannot be divided into facts to learn from and facts to test")
+            return not_applicable(
+                self, "one fact cannot be divided into facts to learn from and facts to test"
+            )
         subject = subject.sample(subject.pick(16, 100))
         length, steps, swaps, learn = subject.pick((5, 4, 16, 4), (16, 100, 256, 16))
         controls = subject.controls
@@ -100,7 +102,8 @@ def _rows(subject: AuditSubject, handle: ModelHandle, facts: Sequence[Fact]) -> 
 
 def _lines(handle: ModelHandle, rows: Sequence[Row], suffixes: Sequence[Sequence[int]]) -> Lines:
     return id_lines(
-        handle, [([*prompt, *suffix], target) for (prompt, target), suffix in zip(rows, suffixes, strict=True)]
+        handle,
+        [([*prompt, *suffix], target) for (prompt, target), suffix in zip(rows, suffixes, strict=True)],
     )
 
 

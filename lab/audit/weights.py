@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from lab.arch import Role
 from lab.audit.base import (
     Access,
-from lab.audit.variants import worst_variant
     AttackResult,
     AuditSubject,
     Family,
@@ -28,6 +27,7 @@ from lab.audit.variants import worst_variant
     result_of,
     score_facts,
 )
+from lab.audit.variants import worst_variant
 from lab.errors import ConfigError
 from lab.records import Fact
 

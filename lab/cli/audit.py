@@ -113,9 +113,7 @@ def audit(
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(
-            "--html", help="Write a page.", rich_help_panel=opt.OUTPUT_PANEL, show_default=False
-        ),
+        typer.Option("--html", help="Write a page.", rich_help_panel=opt.OUTPUT_PANEL, show_default=False),
     ] = None,
     markdown: Annotated[
         Path | None,
