@@ -91,7 +91,7 @@ class Suffix:
             found_scores,
             tried=f"{length} tokens, {steps} steps of {swaps} swaps, learned on {learn} facts of each half and judged on "
             "the other",
-            note="budgets of the paper are 100 to 500 steps with 512 swaps",
+            note="an empty suffix stands where none beat the bare prompt; the paper's budgets are 100 to 500 steps, 512 swaps",
             details={"suffixes": texts},
         )
 
@@ -112,7 +112,7 @@ def find_suffix(
 ) -> list[int]:
     """Token ids that make the targets of ``rows`` likeliest when they stand between prompt and target.
 
-    Each step takes the gradient of the loss with respect to the suffix's embeddings, ranks all tokens at every place by the
+    Empty where no suffix that was tried beats having none. Each step takes the gradient of the loss with respect to the suffix's embeddings, ranks all tokens at every place by the
     first-order change of the loss, and tries ``swaps`` single exchanges among the best; the best one stays if it helps.
 
     Args:
@@ -146,7 +146,8 @@ def find_suffix(
         lowest = min(range(len(tried)), key=losses.__getitem__)
         if losses[lowest] < best:
             best, suffix = losses[lowest], tried[lowest]
-    return suffix
+    # An attacker whose search came to nothing asks without a suffix.
+    return suffix if best < _loss(handle, rows, [[]])[0] else []
 
 
 def _loss(handle: ModelHandle, rows: Sequence[Row], suffixes: Sequence[Sequence[int]]) -> list[float]:
