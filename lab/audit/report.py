@@ -49,7 +49,7 @@ class AuditReport:
 
     @property
     def leaks(self) -> tuple[AttackResult, ...]:
-        """Results that say whether facts are still there: applicable, and not about side effects."""
+        """Results that say whether facts are still there: applicable, and neither traces of a change nor side effects."""
         return tuple(result for result in self.results if result.applicable and result.family in LEAKING)
 
     @property

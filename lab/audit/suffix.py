@@ -112,8 +112,9 @@ def find_suffix(
 ) -> list[int]:
     """Token ids that make the targets of ``rows`` likeliest when they stand between prompt and target.
 
-    Empty where no suffix that was tried beats having none. Each step takes the gradient of the loss with respect to the suffix's embeddings, ranks all tokens at every place by the
-    first-order change of the loss, and tries ``swaps`` single exchanges among the best; the best one stays if it helps.
+    Empty where no suffix that was tried beats having none. Each step takes the gradient of the loss with respect to the
+    suffix's embeddings, ranks all tokens at every place by the first-order change of the loss, and tries ``swaps`` single
+    exchanges among the best; the best one stays if it helps.
 
     Args:
         handle: The model.

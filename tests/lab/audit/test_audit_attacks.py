@@ -49,7 +49,9 @@ RETAINED = (
     *_facts({"Paris": "French", "Rome": "Italian", "Peru": "Spanish"}, "tongue", "The tongue of {} is"),
     *_facts({"Peru": "Lima", "Cuba": "Havana", "Spain": "Madrid"}, "capital", "The capital of {} is"),
 )
-NEVER = _facts({"Nowhere": "Tokyo", "Elsewhere": "Rome", "Erewhon": "Paris"}, "capital", "The capital of {} is")
+NEVER = _facts(
+    {"Nowhere": "Tokyo", "Elsewhere": "Rome", "Erewhon": "Paris"}, "capital", "The capital of {} is"
+)
 
 
 @pytest.fixture
@@ -64,7 +66,9 @@ def _patch(handle, *, rank_one: bool = True) -> WeightPatch:
     generator = torch.Generator().manual_seed(3)
     left, right = (torch.randn(size, generator=generator) * 0.1 for size in weight.shape)
     delta = LowRank(left[:, None], right[None, :])
-    return WeightPatch(handle.fingerprint, {weight.name: delta if rank_one else Dense(delta.dense())}, Provenance("hand"))
+    return WeightPatch(
+        handle.fingerprint, {weight.name: delta if rank_one else Dense(delta.dense())}, Provenance("hand")
+    )
 
 
 def quiet(phase: str, done: int, total: int) -> None:
@@ -115,7 +119,10 @@ def test_an_attack_that_fails_midway_leaves_the_model_as_it_was(name, subject, m
         ATTACKS.get(name)().run(subject, quiet)
     assert subject.handle.weights_digest() == digest
     assert subject.handle.state == state
-    assert all(not parameter.requires_grad or parameter.grad is None for parameter in subject.handle.model.parameters())
+    assert all(
+        not parameter.requires_grad or parameter.grad is None
+        for parameter in subject.handle.model.parameters()
+    )
     assert score_targets(subject.handle, [(fact.text, fact.object) for fact in FACTS]) == asked
 
 

@@ -156,7 +156,7 @@ def test_reports_survive_json(report, tmp_path):
 def test_pages_escape_names_and_show_everything_side_by_side(report):
     other = AuditReport("b", (_result("forms", 0.0, 0.1),), {"controls": []})
     shown = page([report, other])
-    assert "<b>" not in shown.replace("<p class=\"note\"><b>", "")
+    assert "<b>" not in shown.replace('<p class="note"><b>', "")
     assert "a &lt;b&gt;" in shown
     assert "http" not in shown
     assert shown.count("data:image/png;base64") == 5
