@@ -53,7 +53,7 @@ def knowedit_file(tmp_path: Path) -> Path:
 
 
 def test_every_example_has_a_test():
-    tested = {"edit_a_fact", "knowedit_benchmark"}
+    tested = {"audit_a_model", "edit_a_fact", "knowedit_benchmark"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -89,3 +89,13 @@ def test_knowedit_benchmark(standin, tmp_path, knowedit_file, capsys):
     assert report.known == 2
     assert all(row.p_after > row.p_before for row in report.cases)
     assert {path.name for path in out.iterdir()} == {"report.json", "report.md", "report.html"}
+
+
+def test_audit_a_model(standin, saved_patch, tmp_path, capsys):
+    page = tmp_path / "audit.html"
+    words = ["--patch", str(saved_patch), "--attacks", "quantize", "--limit", "3", "--html", str(page)]
+    example("audit_a_model").main(words)
+    said = capsys.readouterr().out
+    assert said.count("worst case") == 2
+    assert "original" in said
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")

@@ -1,0 +1,25 @@
+"""The attacks by name; adding one is a line here."""
+
+from __future__ import annotations
+
+from lab.audit.base import Attack
+from lab.registry import Registry
+
+ATTACKS: Registry[type[Attack]] = Registry(
+    "attack",
+    {
+        "forms": "lab.audit.forms:Forms",
+        "in_context": "lab.audit.context:InContext",
+        "step_by_step": "lab.audit.context:StepByStep",
+        "indirect": "lab.audit.context:Indirect",
+        "suffix": "lab.audit.suffix:Suffix",
+        "latent": "lab.audit.latent:Latent",
+        "steering": "lab.audit.steering:Steering",
+        "sampling": "lab.audit.sampling:Sampling",
+        "relearn": "lab.audit.relearn:Relearn",
+        "quantize": "lab.audit.weights:Quantize",
+        "prune": "lab.audit.weights:Prune",
+        "adapter_removal": "lab.audit.weights:AdapterRemoval",
+    },
+    group="knowlab.attacks",
+)
