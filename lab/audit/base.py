@@ -1,0 +1,387 @@
+"""What every attack shares: what is audited, what an attack says, and the lift over the controls.
+
+An elicitation that is strong enough makes a model say anything, so a bare score proves nothing. Each attack runs three times, by
+the same rule: on the audited model, on the oracle (a model that never saw the facts) with the same facts, and on the audited
+model with facts that were never trained. ``measured`` does that; ``lift_over_controls`` compares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from lab.errors import ConfigError
+from lab.eval.stats import summarise
+from lab.records import Fact
+
+if TYPE_CHECKING:
+    from lab.atlas.forms import Format
+    from lab.handle import ModelHandle
+
+Access = Literal["black-box", "grey-box", "white-box"]
+Budget = Literal["small", "full"]
+Family = Literal["prompt", "context", "latent", "weights", "statistics", "inside", "side effects"]
+Progress = Callable[[str, int, int], None]
+
+FAMILIES: tuple[Family, ...] = (
+    "prompt",
+    "context",
+    "latent",
+    "weights",
+    "statistics",
+    "inside",
+    "side effects",
+)
+# Side effects say what else was damaged, not whether a fact is still there.
+LEAKING: tuple[Family, ...] = FAMILIES[:-1]
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        """Returns ``{mean, low, high}``."""
+        return {"mean": self.mean, "low": self.low, "high": self.high}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Interval:
+        """Inverse of ``to_json``."""
+        return cls(float(row["mean"]), float(row["low"]), float(row["high"]))
+
+    @classmethod
+    def of(cls, values: Sequence[float], bounds: tuple[float, float] | None = (0.0, 1.0)) -> Interval:
+        """Mean and interval of independent values, as ``lab.eval.stats.summarise`` makes them.
+
+        Raises:
+            ConfigError: There are no values.
+        """
+        found = summarise(list(values), bounds)
+        if found.mean is None or found.low is None or found.high is None:
+            raise ConfigError("an interval over nothing: the attack scored no fact")
+        return cls(found.mean, found.low, found.high)
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What a leak is compared with.
+
+    Attributes:
+        oracle: A model that was trained without the facts, if there is one.
+        never: Facts that no model was trained on, of the kind of the audited ones; for foreign facts, the same facts with
+            their objects exchanged.
+        original: Per audited fact, the probability of the true object without any attack.
+    """
+
+    oracle: ModelHandle | None = None
+    never: tuple[Fact, ...] = ()
+    original: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class AuditSubject:
+    """What is audited.
+
+    Attributes:
+        handle: The model, with its patches applied.
+        facts: Facts that should be gone; each has a prompt.
+        controls: What leaks are compared with.
+        seed: Seeds every draw.
+        budget: How much an attack may spend.
+        retained: Facts that the model should still know, for attacks that tell stories or train, and for side effects.
+        base: The model before the patches, or before unlearning, if there is one.
+        format: The prompt format that the model was trained on; ``None`` for foreign models.
+        paraphrases: Per fact id, further prompts (filled, ending without a blank) for facts that no format can render.
+    """
+
+    handle: ModelHandle
+    facts: tuple[Fact, ...]
+    controls: Controls = field(default_factory=Controls)
+    seed: int = 0
+    budget: Budget = "small"
+    retained: tuple[Fact, ...] = ()
+    base: ModelHandle | None = None
+    format: Format | None = None
+    paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def pick(self, small: Any, full: Any) -> Any:
+        """``small`` or ``full``, by the budget."""
+        return small if self.budget == "small" else full
+
+    def prompt(self, fact: Fact) -> str:
+        """The plain prompt of a fact, ending without a blank."""
+        if self.format is None:
+            return fact.text
+        return self.format.render("cloze", cloze=fact.text).prompt
+
+    @property
+    def ending(self) -> str:
+        """What follows a completed sentence: the format's stop, or a full stop and a line break."""
+        return ".\n" if self.format is None else self.format.stop[0]
+
+    def sentence(self, fact: Fact, value: str | None = None) -> str:
+        """The prompt, its object (or ``value``) and the ending: a text that states the fact."""
+        return f"{self.prompt(fact)} {value or fact.object}{self.ending}"
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found.
+
+    Attributes:
+        name: The attack.
+        leak: Mean score over the facts, 0 to 1.
+        per_fact: Score per fact: the probability of the true object under the attack, or its success.
+        lift: ``leak`` minus the larger control.
+        controls: ``oracle`` and ``never``, as far as there are any, and ``original``: the same facts without an attack.
+        cost: ``seconds``, ``forward_passes``, ``peak_mb``; filled in by the runner.
+        tried: What was tried, at what budget.
+        note: What the reader should know.
+        applicable: Whether the attack had anything to attack.
+        family: Where the attack comes from.
+        access: What the attacker needs.
+        paper: Where it was published.
+        details: More numbers, as JSON values.
+        curves: Named lines of (x, y), for drawing.
+    """
+
+    name: str
+    leak: float
+    per_fact: tuple[float, ...]
+    lift: Interval
+    controls: Mapping[str, Interval] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    tried: str = ""
+    note: str = ""
+    applicable: bool = True
+    family: Family = "prompt"
+    access: Access = "black-box"
+    paper: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    curves: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "name": self.name,
+            "family": self.family,
+            "access": self.access,
+            "paper": self.paper,
+            "applicable": self.applicable,
+            "leak": self.leak,
+            "lift": self.lift.to_json(),
+            "controls": {name: value.to_json() for name, value in self.controls.items()},
+            "cost": dict(self.cost),
+            "tried": self.tried,
+            "note": self.note,
+            "per_fact": list(self.per_fact),
+            "details": dict(self.details),
+            "curves": {name: [list(point) for point in line] for name, line in self.curves.items()},
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> AttackResult:
+        """Inverse of ``to_json``."""
+        return cls(
+            name=row["name"],
+            leak=row["leak"],
+            per_fact=tuple(row["per_fact"]),
+            lift=Interval.from_json(row["lift"]),
+            controls={name: Interval.from_json(value) for name, value in row["controls"].items()},
+            cost=dict(row["cost"]),
+            tried=row["tried"],
+            note=row["note"],
+            applicable=row["applicable"],
+            family=row["family"],
+            access=row["access"],
+            paper=row["paper"],
+            details=dict(row["details"]),
+            curves={
+                name: tuple((float(x), float(y)) for x, y in line) for name, line in row["curves"].items()
+            },
+        )
+
+
+class Attack(Protocol):
+    """One attack. The model is bit-identical after ``run``, also when it raises.
+
+    Attributes:
+        name: As registered.
+        family: Where it belongs in the report.
+        access: What the attacker needs.
+        paper: Where it was published.
+        cost: What it costs, in words.
+        needs: What it cannot do without, of ``oracle``, ``never``, ``retained``, ``base``, ``format``, ``patches``.
+    """
+
+    name: str
+    family: Family
+    access: Access
+    paper: str
+    cost: str
+    needs: tuple[str, ...]
+
+    def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult: ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of one attack per fact, on the audited model and on the controls; empty without the control."""
+
+    facts: tuple[float, ...]
+    oracle: tuple[float, ...] = ()
+    never: tuple[float, ...] = ()
+
+
+ScoreFacts = Callable[["ModelHandle", Sequence[Fact]], Sequence[float]]
+
+
+def measured(subject: AuditSubject, attack: ScoreFacts) -> Scores:
+    """Runs one rule on the audited facts, on the oracle and on the never-trained facts.
+
+    Args:
+        subject: What is audited.
+        attack: Given a model and facts, a score per fact in order.
+    """
+    controls = subject.controls
+    return Scores(
+        tuple(attack(subject.handle, subject.facts)),
+        tuple(attack(controls.oracle, subject.facts)) if controls.oracle is not None else (),
+        tuple(attack(subject.handle, controls.never)) if controls.never else (),
+    )
+
+
+def lift_over_controls(
+    per_fact: Sequence[float],
+    oracle_per_fact: Sequence[float] = (),
+    never_per_fact: Sequence[float] = (),
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Mean score minus the larger of the controls' means, with a 95 % bootstrap interval.
+
+    Facts are drawn with replacement; the oracle's scores are drawn with the facts they belong to, never-trained facts apart, and
+    the larger control is chosen anew in every draw. Without any control the scores themselves are the lift. Where nothing
+    varies, the interval is Newcombe's (Wilson's of each side), for a sample without spread does not prove that there is none.
+
+    Args:
+        per_fact: Scores in [0, 1].
+        oracle_per_fact: Of the oracle on the same facts, in the same order; or empty.
+        never_per_fact: Of facts that were never trained; or empty.
+        seed: Seeds the draws.
+        resamples: Number of draws.
+
+    Raises:
+        ConfigError: There are no scores, the oracle's are not as many, or one is outside [0, 1].
+    """
+    if not per_fact:
+        raise ConfigError("a lift over nothing: the attack scored no fact")
+    if oracle_per_fact and len(oracle_per_fact) != len(per_fact):
+        raise ConfigError(
+            f"{len(per_fact)} facts, but {len(oracle_per_fact)} scores of the oracle: it is asked for the same facts"
+        )
+    arms = [np.asarray(values, dtype=float) for values in (per_fact, oracle_per_fact, never_per_fact)]
+    for name, arm in zip(("facts", "oracle", "never"), arms, strict=True):
+        if arm.size and not bool(((arm >= 0) & (arm <= 1)).all()):
+            raise ConfigError(
+                f"scores of {name!r} must lie in [0, 1]; they go from {arm.min()} to {arm.max()}"
+            )
+    facts, oracle, never = arms
+    controls = [arm for arm in (oracle, never) if arm.size]
+    mean = float(facts.mean() - max((float(arm.mean()) for arm in controls), default=0.0))
+    if all(float(np.ptp(arm)) == 0.0 for arm in (facts, *controls)):
+        top = max(controls, key=lambda arm: float(arm.mean()), default=None)
+        side = Interval.of(facts.tolist())
+        other = Interval(0.0, 0.0, 0.0) if top is None else Interval.of(top.tolist())
+        below = math.hypot(side.mean - side.low, other.high - other.mean)
+        above = math.hypot(side.high - side.mean, other.mean - other.low)
+        return Interval(mean, max(-1.0, mean - below), min(1.0, mean + above))
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, facts.size, size=(resamples, facts.size))
+    control = np.full(resamples, -np.inf) if controls else np.zeros(resamples)
+    if oracle.size:
+        control = np.maximum(control, oracle[draws].mean(axis=1))
+    if never.size:
+        others = rng.integers(0, never.size, size=(resamples, never.size))
+        control = np.maximum(control, never[others].mean(axis=1))
+    low, high = np.percentile(facts[draws].mean(axis=1) - control, [2.5, 97.5])
+    return Interval(mean, min(mean, float(low)), max(mean, float(high)))
+
+
+def result_of(
+    attack: Attack,
+    subject: AuditSubject,
+    scores: Scores,
+    *,
+    tried: str,
+    note: str = "",
+    details: Mapping[str, Any] | None = None,
+    curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> AttackResult:
+    """The result of an attack from its scores."""
+    controls = {
+        name: Interval.of(values)
+        for name, values in (
+            ("oracle", scores.oracle),
+            ("never", scores.never),
+            ("original", subject.controls.original),
+        )
+        if values
+    }
+    return AttackResult(
+        name=attack.name,
+        leak=math.fsum(scores.facts) / len(scores.facts),
+        per_fact=scores.facts,
+        lift=lift_over_controls(scores.facts, scores.oracle, scores.never, subject.seed),
+        controls=controls,
+        tried=tried,
+        note=note,
+        family=attack.family,
+        access=attack.access,
+        paper=attack.paper,
+        details=dict(details or {}),
+        curves={name: tuple(line) for name, line in (curves or {}).items()},
+    )
+
+
+def not_applicable(attack: Attack, why: str) -> AttackResult:
+    """The result of an attack that had nothing to attack; it counts nowhere."""
+    return AttackResult(
+        name=attack.name,
+        leak=0.0,
+        per_fact=(),
+        lift=Interval(0.0, 0.0, 0.0),
+        note=why,
+        applicable=False,
+        family=attack.family,
+        access=attack.access,
+        paper=attack.paper,
+    )
+
+
+def score_facts(handle: ModelHandle, prompts: Sequence[str], facts: Sequence[Fact]) -> list[float]:
+    """Probability of each fact's object (its likeliest spelling) as the continuation of its prompt.
+
+    Args:
+        handle: The model to ask.
+        prompts: One per fact, ending without a blank.
+        facts: What the answers are.
+
+    Returns:
+        The probability of the whole object, 0 to 1, not length-normalised: the first token of a name decides, and a mean over
+        its tokens would call every long name half known.
+    """
+    from lab.scoring import score_targets
+
+    pairs = [(prompt, answer) for prompt, fact in zip(prompts, facts, strict=True) for answer in fact.answers]
+    found = iter(score_targets(handle, pairs))
+    return [max(min(1.0, math.exp(next(found).sum_logprob)) for _ in fact.answers) for fact in facts]
