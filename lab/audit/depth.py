@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lab.arch import Role
+from lab.audit.knowledge import Ask, plain_prompt
 from lab.errors import ConfigError, NumericalError
 from lab.scoring import nll
-from lab.tokens import Batch, filled_subject, join_target, pad_rows
+from lab.tokens import Batch, join_target, pad_rows, subject_span
 from lab.trace import Site, trace
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def patching_depth(
     *,
     positions: Positions = "prompt",
     layers: Sequence[int] | None = None,
+    ask: Ask = plain_prompt,
     batch_size: int = 32,
 ) -> DepthCurve:
     """Puts one model's block outputs into another, layer by layer.
@@ -98,6 +100,7 @@ def patching_depth(
         giving: Its context (``contextlib.nullcontext``).
         positions: ``"prompt"``: every token of the prompt; ``"subject"``: the subject's tokens.
         layers: Where; every layer without it.
+        ask: Makes the prompt of a fact; its own one without it.
         batch_size: Facts per forward pass.
 
     Raises:
@@ -114,7 +117,7 @@ def patching_depth(
     sites = [Site(Role.BLOCK, layer) for layer in chosen]
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, len(facts), batch_size):
-        work = _Rows(receiver, facts[start : start + batch_size], positions)
+        work = _Rows(receiver, facts[start : start + batch_size], positions, ask)
         with giving(), trace(donor, sites) as recording:
             given = work.score(recording.run(work.batch))
             states = {site: recording[site] for site in sites}
@@ -134,8 +137,8 @@ def patching_depth(
 class _Rows:
     """Prompts with their answers, where to transplant, and how to score."""
 
-    def __init__(self, handle: ModelHandle, facts: Sequence[Fact], positions: Positions) -> None:
-        rows = [join_target(handle.tokenizer, fact.text, fact.object) for fact in facts]
+    def __init__(self, handle: ModelHandle, facts: Sequence[Fact], positions: Positions, ask: Ask) -> None:
+        rows = [join_target(handle.tokenizer, ask(fact), fact.object) for fact in facts]
         self.sizes = [(len(head), len(tail)) for head, tail in rows]
         self.batch: Batch = pad_rows(
             [head + tail for head, tail in rows],
@@ -148,7 +151,7 @@ class _Rows:
             if positions == "prompt":
                 mask[row, : self.sizes[row][0]] = True
             else:
-                span = filled_subject(handle.tokenizer, fact.prompt, fact.subject)[2]
+                span = subject_span(handle.tokenizer, ask(fact), fact.subject)
                 mask[row, span.start : span.stop] = True
         self.mask = mask[..., None].to(handle.device)
 

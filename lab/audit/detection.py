@@ -7,7 +7,7 @@ better the change in question is told than a change of the same norm that means 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -37,11 +37,13 @@ class Detection:
         accuracy: Share of right verdicts on prompts that the classifier was not trained on.
         auc: Area under the ROC curve of its scores.
         separation: Cohen's d along the one of the first directions of the centred activations that parts the two models most.
+        verdicts: Per prompt, the share of its two versions that were told right.
     """
 
     accuracy: Estimate
     auc: float
     separation: float
+    verdicts: tuple[float, ...] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -110,10 +112,9 @@ def detect(before: Tensor, after: Tensor, *, folds: int = 5, seed: int = 0) -> D
         scores[held] = linear_scores(both[~held], label[~held], both[held])
     # A tie decides for neither: half a right answer.
     right = np.where(scores == 0, 0.5, (scores > 0) == (label == 1)).astype(float)
+    verdicts = tuple(float(pair) for pair in (right[:count] + right[count:]) / 2)
     return Detection(
-        summarise([float(pair) for pair in (right[:count] + right[count:]) / 2]),
-        ranking(scores[count:], scores[:count]),
-        separation(before, after),
+        summarise(verdicts), ranking(scores[count:], scores[:count]), separation(before, after), verdicts
     )
 
 

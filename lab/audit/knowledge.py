@@ -8,7 +8,7 @@ on other questions. A fact with a high internal and a low external ``K`` is supp
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from lab.handle import ModelHandle
     from lab.records import Fact
 
+Ask = Callable[["Fact"], str]
 Quadrant = Literal["retained", "suppressed", "lucky", "forgotten"]
+
+
+def plain_prompt(fact: Fact) -> str:
+    """A fact's own prompt."""
+    return fact.text
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,14 @@ class Candidates:
     """A question and what might answer it.
 
     Attributes:
-        fact: The question, in its own prompt.
+        fact: The question.
         wrong: Other objects of the same relation.
+        prompt: How it is asked.
     """
 
     fact: Fact
     wrong: tuple[str, ...]
+    prompt: str
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -113,7 +121,12 @@ class HiddenKnowledge:
 
 
 def candidates(
-    facts: Sequence[Fact], pool: Sequence[Fact] = (), *, count: int = 15, seed: int = 0
+    facts: Sequence[Fact],
+    pool: Sequence[Fact] = (),
+    *,
+    count: int = 15,
+    seed: int = 0,
+    ask: Ask = plain_prompt,
 ) -> list[Candidates]:
     """Right and wrong answers of each fact; a fact whose relation has no other object is left out.
 
@@ -122,6 +135,7 @@ def candidates(
         pool: More facts whose objects may serve as wrong answers.
         count: Wrong answers per question at most.
         seed: Draws them.
+        ask: Makes the prompt of a fact; its own one without it.
     """
     objects: dict[str, set[str]] = {}
     for fact in (*facts, *pool):
@@ -131,7 +145,7 @@ def candidates(
         others = sorted(objects[fact.relation] - set(fact.answers))
         random.Random(f"candidates:{seed}:{fact.id or fact.text}").shuffle(others)
         if others:
-            found.append(Candidates(fact, tuple(others[:count])))
+            found.append(Candidates(fact, tuple(others[:count]), ask(fact)))
     return found
 
 
@@ -160,7 +174,7 @@ def answer_states(
         Per question, the log-probability per token of each candidate; and ``[candidate, layer, d]``.
     """
     rows = [
-        join_target(handle.tokenizer, handle.rewrite([question.fact.text])[0], answer)
+        join_target(handle.tokenizer, handle.rewrite([question.prompt])[0], answer)
         for question in questions
         for answer in question.answers
     ]
@@ -201,6 +215,7 @@ def hidden_knowledge(
     layers: Sequence[int] | None = None,
     folds: int = 5,
     seed: int = 0,
+    ask: Ask = plain_prompt,
 ) -> HiddenKnowledge:
     """Compares what the model says with what a probe reads from it.
 
@@ -217,19 +232,24 @@ def hidden_knowledge(
         layers: Blocks that the probe may read; all without it.
         folds: Parts into which subjects are divided where there is no ``training``.
         seed: Draws candidates and folds.
+        ask: Makes the prompt of a fact; its own one without it.
 
     Raises:
         ConfigError: No question has a wrong answer, or there are too few subjects to train on.
     """
     chosen = tuple(range(handle.n_layers)) if layers is None else tuple(layers)
-    asked = candidates(facts, [*pool, *training], count=count, seed=seed)
+    asked = candidates(facts, [*pool, *training], count=count, seed=seed, ask=ask)
     if not asked:
         raise ConfigError(
             "no fact has a wrong answer to compare with: no other object of its relation is known"
         )
     subjects = {fact.subject for fact in facts}
     learned = candidates(
-        [fact for fact in training if fact.subject not in subjects], [*pool, *facts], count=count, seed=seed
+        [fact for fact in training if fact.subject not in subjects],
+        [*pool, *facts],
+        count=count,
+        seed=seed,
+        ask=ask,
     )
     scores, states = answer_states(handle, asked, chosen)
     if learned:
