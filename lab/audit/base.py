@@ -8,8 +8,9 @@ model with facts that were never trained. ``measured`` does that; ``lift_over_co
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -122,6 +123,27 @@ class AuditSubject:
         if self.format is None:
             return fact.text
         return self.format.render("cloze", cloze=fact.text).prompt
+
+    def sample(self, count: int) -> AuditSubject:
+        """The same audit of at most ``count`` facts, and as many controls, drawn by the seed."""
+        chooser = random.Random(f"audit:{self.seed}:sample")
+
+        def drawn(number: int) -> list[int]:
+            return sorted(chooser.sample(range(number), min(count, number)))
+
+        chosen, others = drawn(len(self.facts)), drawn(len(self.controls.never))
+        original = self.controls.original
+        controls = replace(
+            self.controls,
+            never=tuple(self.controls.never[index] for index in others),
+            original=tuple(original[index] for index in chosen) if original else (),
+        )
+        return replace(self, facts=tuple(self.facts[index] for index in chosen), controls=controls)
+
+    @property
+    def pool(self) -> tuple[Fact, ...]:
+        """Everything that an attacker may tell or ask: retained, audited and never-trained facts."""
+        return (*self.retained, *self.facts, *self.controls.never)
 
     @property
     def ending(self) -> str:
@@ -292,9 +314,7 @@ def lift_over_controls(
     arms = [np.asarray(values, dtype=float) for values in (per_fact, oracle_per_fact, never_per_fact)]
     for name, arm in zip(("facts", "oracle", "never"), arms, strict=True):
         if arm.size and not bool(((arm >= 0) & (arm <= 1)).all()):
-            raise ConfigError(
-                f"scores of {name!r} must lie in [0, 1]; they go from {arm.min()} to {arm.max()}"
-            )
+            raise ConfigError(f"scores of {name!r} must lie in [0, 1]; they go from {arm.min()} to {arm.max()}")
     facts, oracle, never = arms
     controls = [arm for arm in (oracle, never) if arm.size]
     mean = float(facts.mean() - max((float(arm.mean()) for arm in controls), default=0.0))
@@ -382,6 +402,10 @@ def score_facts(handle: ModelHandle, prompts: Sequence[str], facts: Sequence[Fac
     """
     from lab.scoring import score_targets
 
-    pairs = [(prompt, answer) for prompt, fact in zip(prompts, facts, strict=True) for answer in fact.answers]
+    pairs = [
+        (prompt, answer) for prompt, fact in zip(prompts, facts, strict=True) for answer in fact.answers
+    ]
     found = iter(score_targets(handle, pairs))
-    return [max(min(1.0, math.exp(next(found).sum_logprob)) for _ in fact.answers) for fact in facts]
+    return [
+        max(min(1.0, math.exp(next(found).sum_logprob)) for _ in fact.answers) for fact in facts
+    ]

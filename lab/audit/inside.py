@@ -71,7 +71,12 @@ class Spectral:
             parts = found if handle is subject.handle else self._look(handle, original)[0]
             return self._scores(subject, original, parts, handle, facts)
 
-        scores = measured(subject, score)
+        oracle, others = subject.controls.oracle, strangers(subject)
+        scores = Scores(
+            tuple(score(subject.handle, subject.facts)),
+            tuple(score(oracle, subject.facts)) if oracle is not None else (),
+            tuple(score(subject.handle, others)) if others else (),
+        )
         for layer, (weight, parts) in found.items():
             raised, lowered = written_tokens(subject.handle, parts.left[:, 0])
             details["read"].append(
@@ -392,6 +397,16 @@ class PatchingDepth:
             positions="subject",
             ask=subject.prompt,
         )
+
+
+def strangers(subject: AuditSubject) -> tuple[Fact, ...]:
+    """Facts about subjects that are not audited: never-trained ones, else retained ones.
+
+    Foreign facts have the same subjects with exchanged objects as their control, which a measure of subjects cannot use.
+    """
+    audited = {fact.subject for fact in subject.facts}
+    never = tuple(fact for fact in subject.controls.never if fact.subject not in audited)
+    return never or tuple(fact for fact in subject.retained if fact.subject not in audited)
 
 
 def returned(curve: DepthCurve) -> list[float]:

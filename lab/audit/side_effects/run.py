@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab.attention import attention_drift
 from lab.audit.knowledge import candidates
-from lab.audit.side_effects import ability, answers, priming
+from lab.audit.side_effects import ability, answers, priming, reasoning
 from lab.errors import ConfigError, UnknownNameError
 from lab.memory import MemoryPatch
 from lab.patch import Patch, WeightPatch
@@ -32,6 +32,7 @@ class Ground:
         unanswerable: Facts that no model was trained on: there is no answer to their questions.
         texts: General text.
         format: The prompt format that the model was trained on; ``None`` for foreign models.
+        implied: Facts that follow from what was changed without being part of it; their objects should follow too, or stay away.
         seed: Draws candidates.
     """
 
@@ -40,6 +41,7 @@ class Ground:
     unanswerable: tuple[Fact, ...] = ()
     texts: tuple[str, ...] = ()
     format: Format | None = None
+    implied: tuple[Fact, ...] = ()
     seed: int = 0
 
     def prompt(self, fact: Fact) -> str:
@@ -186,6 +188,18 @@ def _priming(handle: ModelHandle, patch: Patch, ground: Ground) -> dict[str, Any
     return priming.summary(priming.priming(handle, patch, texts))
 
 
+def _reasoning(handle: ModelHandle, patch: Patch, ground: Ground) -> dict[str, Any]:
+    pool = (*ground.retained, *ground.forgotten)
+    questions = candidates(ground.implied, pool, seed=ground.seed, ask=ground.prompt)
+    if not questions:
+        return {"skipped": "no implied fact has a rival of its relation to be ranked among"}
+    asked = [
+        reasoning.Implication(each.fact.id or each.fact.text, each.prompt, each.fact.object, each.wrong)
+        for each in questions
+    ]
+    return reasoning.reasoning(handle, patch, asked)
+
+
 Measure = Callable[["ModelHandle", Patch, Ground], dict[str, Any]]
 
 MEASURES: Mapping[str, tuple[tuple[str, ...], Measure]] = MappingProxyType(
@@ -197,6 +211,7 @@ MEASURES: Mapping[str, tuple[tuple[str, ...], Measure]] = MappingProxyType(
         "ability": (("texts",), _ability),
         "drift": (("forgotten",), _drift),
         "priming": (("forgotten", "retained"), _priming),
+        "reasoning": (("implied",), _reasoning),
     }
 )
 """Name to what of the ground it needs, and the measure."""
