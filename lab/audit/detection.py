@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lab.handle import ModelHandle
 
 View = Literal["logits", "activations"]
+# Versions of a prompt differ far less than prompts do, so the directions that part them are small ones: hardly any penalty.
+_FREEDOM = 1e4
 VIEWS: tuple[View, ...] = ("logits", "activations")
 
 
@@ -109,7 +111,7 @@ def detect(before: Tensor, after: Tensor, *, folds: int = 5, seed: int = 0) -> D
     scores = np.zeros(2 * count)
     for fold in range(folds):
         held = np.isin(np.tile(np.arange(count), 2), order[fold::folds])
-        scores[held] = linear_scores(both[~held], label[~held], both[held])
+        scores[held] = linear_scores(both[~held], label[~held], both[held], freedom=_FREEDOM)
     # A tie decides for neither: half a right answer.
     right = np.where(scores == 0, 0.5, (scores > 0) == (label == 1)).astype(float)
     verdicts = tuple(float(pair) for pair in (right[:count] + right[count:]) / 2)
@@ -119,7 +121,12 @@ def detect(before: Tensor, after: Tensor, *, folds: int = 5, seed: int = 0) -> D
 
 
 def linear_scores(
-    train: np.ndarray, label: np.ndarray, test: np.ndarray, *, balanced: bool = False
+    train: np.ndarray,
+    label: np.ndarray,
+    test: np.ndarray,
+    *,
+    weights: np.ndarray | None = None,
+    freedom: float = 10.0,
 ) -> np.ndarray:
     """Decision values of a standardised logistic regression; 0 is undecided.
 
@@ -127,7 +134,8 @@ def linear_scores(
         train: ``[row, feature]``.
         label: ``[row]`` of 0 and 1, both present.
         test: ``[other row, feature]``.
-        balanced: Weigh both labels alike, however often they occur.
+        weights: ``[row]``, how much each row counts; both labels are weighed alike where there are any.
+        freedom: Inverse strength of the ridge penalty.
 
     Returns:
         ``[other row]``.
@@ -144,8 +152,8 @@ def linear_scores(
     if not kept.any():
         return np.zeros(len(test))
     scale = spread[kept] * np.sqrt(kept.sum())
-    model = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced" if balanced else None)
-    model.fit((train[:, kept] - centre[kept]) / scale, label)
+    model = LogisticRegression(C=freedom, max_iter=1000, class_weight=None if weights is None else "balanced")
+    model.fit((train[:, kept] - centre[kept]) / scale, label, sample_weight=weights)
     return model.decision_function((test[:, kept] - centre[kept]) / scale)
 
 

@@ -235,7 +235,10 @@ class HiddenKnowledgeAttack:
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """See ``Attack``."""
         count = subject.pick(7, 63)
-        training = subject.retained[: subject.pick(60, 500)]
+        relations = {fact.relation for fact in subject.facts}
+        # What a probe learns carries over best within a relation.
+        near = sorted(subject.retained, key=lambda fact: fact.relation not in relations)
+        training = near[: subject.pick(80, 500)]
         pool = (*subject.facts, *subject.controls.never, *subject.retained)
         runs: list[HiddenKnowledge] = []
 

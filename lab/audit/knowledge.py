@@ -8,6 +8,7 @@ on other questions. A fact with a high internal and a low external ``K`` is supp
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lab.records import Fact
 
 Ask = Callable[["Fact"], str]
+Studied = tuple[tuple[str, ...], Tensor]
 Quadrant = Literal["retained", "suppressed", "lucky", "forgotten"]
 
 
@@ -149,7 +151,7 @@ def candidates(
     return found
 
 
-def share_ranked(right: float, wrong: Sequence[float]) -> float:
+def share_ranked(right: float, wrong: Sequence[float] | np.ndarray) -> float:
     """``K`` of one question with one right answer: the share of wrong ones that score lower (ties half)."""
     return ranking([right], wrong)
 
@@ -246,18 +248,20 @@ def hidden_knowledge(
     subjects = {fact.subject for fact in facts}
     learned = candidates(
         [fact for fact in training if fact.subject not in subjects],
-        [*pool, *facts],
         count=count,
         seed=seed,
         ask=ask,
     )
     scores, states = answer_states(handle, asked, chosen)
     if learned:
-        _, lessons = answer_states(handle, learned, chosen)
-        parts = [(lessons, list(range(len(asked))))]
+        _, read = answer_states(handle, learned, chosen)
+        parts = [(list(zip(map(_names, learned), read, strict=True)), list(range(len(asked))))]
     else:
         parts = [
-            ([states[index] for index in range(len(asked)) if index not in held], held)
+            (
+                [(_names(asked[index]), states[index]) for index in range(len(asked)) if index not in held],
+                held,
+            )
             for held in _folds([question.fact.subject for question in asked], folds, seed)
         ]
     internal: dict[int, float] = {}
@@ -294,28 +298,54 @@ def _folds(subjects: Sequence[str], folds: int, seed: int) -> list[list[int]]:
     ]
 
 
-def best_layer(lessons: Sequence[Tensor], seed: int) -> int:
+def _names(question: Candidates) -> tuple[str, ...]:
+    return tuple(f"{question.fact.relation}\t{answer}" for answer in question.answers)
+
+
+def best_layer(lessons: Sequence[Studied], seed: int) -> int:
     """Which of the layers' probes ranks best on the half of the questions that it did not see; the first of equals.
 
     Args:
-        lessons: Per question ``[candidate, layer, d]``, the right answer first.
+        lessons: Per question, the candidates' names and their states ``[candidate, layer, d]``, the right answer first.
         seed: Halves the questions.
     """
     order = list(range(len(lessons)))
     random.Random(seed).shuffle(order)
     seen, unseen = order[::2], order[1::2]
     found = []
-    for place in range(lessons[0].shape[1]):
-        values = _probe([lessons[index] for index in seen], [lessons[index] for index in unseen], place)
+    for place in range(lessons[0][1].shape[1]):
+        values = _probe([lessons[index] for index in seen], [lessons[index][1] for index in unseen], place)
         found.append(sum(share_ranked(float(row[0]), row[1:]) for row in values))
     return int(np.argmax(found))
 
 
-def _probe(lessons: Sequence[Tensor], asked: Sequence[Tensor], place: int) -> list[np.ndarray]:
+def row_weights(names: Sequence[Sequence[str]]) -> np.ndarray:
+    """Weights under which every answer counts as much as a right one as it does as a wrong one.
+
+    Without them a probe learns which answers were right in training. The answer of the question at hand was not, so it would
+    rank below chance. Answers with one label only weigh nothing, unless all are such: then all rows weigh alike.
+
+    Args:
+        names: Per question, the candidates, the right answer first.
+
+    Returns:
+        ``[row]``, candidates of all questions in order.
+    """
+    right, wrong = Counter(row[0] for row in names), Counter(name for row in names for name in row[1:])
+    weights = [
+        (1 / right[name] if place == 0 else 1 / wrong[name]) if right[name] and wrong[name] else 0.0
+        for row in names
+        for place, name in enumerate(row)
+    ]
+    table = np.array(weights)
+    return table / table.mean() if table.any() else np.ones(len(table))
+
+
+def _probe(lessons: Sequence[Studied], asked: Sequence[Tensor], place: int) -> list[np.ndarray]:
     """Scores of every candidate of ``asked`` by a probe trained on ``lessons``."""
-    train = torch.cat([lesson[:, place] for lesson in lessons]).double().numpy()
-    label = np.concatenate([np.eye(1, len(lesson), dtype=int)[0] for lesson in lessons])
-    flat = linear_scores(
-        train, label, torch.cat([each[:, place] for each in asked]).double().numpy(), balanced=True
-    )
+    train = torch.cat([states[:, place] for _, states in lessons]).double().numpy()
+    label = np.concatenate([np.eye(1, len(names), dtype=int)[0] for names, _ in lessons])
+    test = torch.cat([each[:, place] for each in asked]).double().numpy()
+    weights = row_weights([names for names, _ in lessons])
+    flat = linear_scores(train, label, test, weights=weights)
     return np.split(flat, np.cumsum([len(each) for each in asked])[:-1])

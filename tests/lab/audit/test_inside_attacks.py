@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lab.audit.concept_vectors import concept_tokens
 from lab.audit.depth import DepthCurve
 from lab.audit.detection import noise_like
 from lab.audit.inside import ConceptTrace, HiddenKnowledgeAttack, PatchingDepth, Spectral, Trace, returned
-from lab.audit.originals import change_of, original_of
+from lab.audit.originals import Original, change_of, original_of
 from lab.audit.spectra import subject_keys
 from lab.patch import LowRank, Provenance, WeightPatch
 from lab.records import Fact
@@ -50,6 +51,12 @@ def subject_of(
     return AuditSubject(handle, FORGET, Controls(oracle, NEVER), retained=KEPT, base=base)
 
 
+def original_for(subject: AuditSubject) -> Original:
+    found = original_of(subject)
+    assert found is not None
+    return found
+
+
 def run(attack: type, subject: AuditSubject) -> AttackResult:
     before = [
         (each, each.weights_digest())
@@ -81,12 +88,12 @@ def test_equal_runs_give_equal_results_and_leave_no_trace(attack: type) -> None:
 
 
 @pytest.mark.parametrize("mode", ["merge", "sidecar"])
-def test_the_change_is_read_from_the_weights(mode: str) -> None:
+def test_the_change_is_read_from_the_weights(mode: Literal["merge", "sidecar"]) -> None:
     handle = tiny_handle("gpt2")
     patch = edit_of(handle, FORGET[0])
     [(name, delta)] = patch.deltas.items()
     with patch.applied(handle, mode):
-        change = change_of(handle, original_of(subject_of(handle)))
+        change = change_of(handle, original_for(subject_of(handle)))
     assert set(change.deltas) == {name}
     assert torch.allclose(change.deltas[name].dense(), delta.dense(), atol=1e-6)
 
@@ -95,8 +102,8 @@ def test_a_second_handle_as_base_gives_the_same_change() -> None:
     handle, base = tiny_handle("llama"), tiny_handle("llama")
     assert original_of(subject_of(handle)) is None
     with edit_of(handle, FORGET[0]).applied(handle):
-        beside = change_of(handle, original_of(subject_of(handle, base=base)))
-        aside = change_of(handle, original_of(subject_of(handle)))
+        beside = change_of(handle, original_for(subject_of(handle, base=base)))
+        aside = change_of(handle, original_for(subject_of(handle)))
     assert beside.id == aside.id
 
 

@@ -15,7 +15,7 @@ from lab.arch import Role
 from lab.audit.concept_vectors import compare_vectors, find_vectors, read_vectors, strengths
 from lab.audit.depth import DepthCurve, patching_depth, unlearning_depth
 from lab.audit.detection import detect, detect_patch, finetune_like, noise_like, ranking, separation
-from lab.audit.knowledge import Known, best_layer, candidates, hidden_knowledge, share_ranked
+from lab.audit.knowledge import Known, best_layer, candidates, hidden_knowledge, row_weights, share_ranked
 from lab.audit.spectra import (
     decompose,
     match_keys,
@@ -199,8 +199,17 @@ def test_probe_finds_the_layer_that_marks_right_answers() -> None:
     for index in range(20):
         states = noise(4, 3, 5, seed=index)
         states[0, 1, 2] += 8.0
-        lessons.append(states)
+        lessons.append((tuple(f"{index} {place}" for place in range(4)), states))
     assert best_layer(lessons, 0) == 1
+
+
+def test_every_answer_weighs_as_much_right_as_wrong() -> None:
+    names = [("a", "b"), ("b", "a"), ("b", "a"), ("c", "d")]
+    weights = row_weights(names)
+    assert weights[0] == pytest.approx(weights[3] + weights[5])
+    assert weights[1] == pytest.approx(weights[2] + weights[4])
+    assert weights[6] == weights[7] == 0.0
+    assert row_weights([("a", "b")]).tolist() == [1.0, 1.0]
 
 
 def test_hidden_knowledge_of_a_random_model_is_at_chance(handle: ModelHandle) -> None:
@@ -215,13 +224,9 @@ def test_hidden_knowledge_of_a_random_model_is_at_chance(handle: ModelHandle) ->
     assert len(found.layer) == 3
     # Every object is right for a third of the subjects and wrong for the others, whatever a model prefers.
     assert np.mean([each.external for each in found.known]) == pytest.approx(0.5, abs=0.1)
-    assert (
-        sum(
-            found.to_json()["quadrants"][name]["mean"]
-            for name in ("retained", "suppressed", "lucky", "forgotten")
-        )
-        == 1
-    )
+    quadrants = found.to_json()["quadrants"]
+    assert set(quadrants) == {"retained", "suppressed", "lucky", "forgotten"}
+    assert sum(part["mean"] for part in quadrants.values()) == pytest.approx(1.0)
     with pytest.raises(ConfigError, match="two subjects"):
         hidden_knowledge(handle, FACTS[:1], pool=FACTS)
 
