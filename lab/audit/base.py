@@ -37,8 +37,10 @@ FAMILIES: tuple[Family, ...] = (
     "inside",
     "side effects",
 )
-# Side effects say what else was damaged, not whether a fact is still there.
-LEAKING: tuple[Family, ...] = FAMILIES[:-1]
+# Statistics say that something was changed, side effects what else was damaged; neither says that a fact is still there.
+LEAKING: tuple[Family, ...] = tuple(
+    family for family in FAMILIES if family not in ("statistics", "side effects")
+)
 RESAMPLES = 2000
 
 
@@ -314,7 +316,9 @@ def lift_over_controls(
     arms = [np.asarray(values, dtype=float) for values in (per_fact, oracle_per_fact, never_per_fact)]
     for name, arm in zip(("facts", "oracle", "never"), arms, strict=True):
         if arm.size and not bool(((arm >= 0) & (arm <= 1)).all()):
-            raise ConfigError(f"scores of {name!r} must lie in [0, 1]; they go from {arm.min()} to {arm.max()}")
+            raise ConfigError(
+                f"scores of {name!r} must lie in [0, 1]; they go from {arm.min()} to {arm.max()}"
+            )
     facts, oracle, never = arms
     controls = [arm for arm in (oracle, never) if arm.size]
     mean = float(facts.mean() - max((float(arm.mean()) for arm in controls), default=0.0))
@@ -402,10 +406,6 @@ def score_facts(handle: ModelHandle, prompts: Sequence[str], facts: Sequence[Fac
     """
     from lab.scoring import score_targets
 
-    pairs = [
-        (prompt, answer) for prompt, fact in zip(prompts, facts, strict=True) for answer in fact.answers
-    ]
+    pairs = [(prompt, answer) for prompt, fact in zip(prompts, facts, strict=True) for answer in fact.answers]
     found = iter(score_targets(handle, pairs))
-    return [
-        max(min(1.0, math.exp(next(found).sum_logprob)) for _ in fact.answers) for fact in facts
-    ]
+    return [max(min(1.0, math.exp(next(found).sum_logprob)) for _ in fact.answers) for fact in facts]

@@ -78,7 +78,8 @@ def learn(
             for _ in range(plan.steps):
                 count = min(plan.batch_size, len(texts))
                 drawn = torch.randperm(len(texts), generator=chooser)[:count].tolist()
-                batch = handle.encode([*always, *[texts[index] for index in drawn]])
+                picked: list[str] = [*always, *(str(texts[index]) for index in drawn)]
+                batch = handle.encode(picked)
                 logits = self.model(**handle.inputs(batch), use_cache=False).logits
                 loss = nll(logits[:, :-1], batch.input_ids[:, 1:], batch.attention_mask[:, 1:])
                 optimizer.zero_grad()

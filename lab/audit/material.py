@@ -64,7 +64,13 @@ def gather(facts: str, retained: str | None = None, *, limit: int | None = None,
         relations = {fact.relation for fact in wanted}
         strangers = [fact for fact in world.untrained if fact.relation in relations]
         never = _draw(strangers, len(wanted), chooser)
-        return Material(wanted, never, _nearest(kept, wanted, chooser), load_format(), "people of the world that no text mentions")
+        return Material(
+            wanted,
+            never,
+            _nearest(kept, wanted, chooser),
+            load_format(),
+            "people of the world that no text mentions",
+        )
     rows = read_facts(facts)
     for number, fact in enumerate(rows, start=1):
         if not fact.prompt:
@@ -87,7 +93,9 @@ def permuted(facts: Sequence[Fact], chooser: random.Random) -> tuple[Fact, ...]:
         if others:
             other = chooser.choice(others)
             found.append(
-                replace(fact, object=other.object, aliases=other.aliases, id=f"exchanged/{fact.id or fact.text}")
+                replace(
+                    fact, object=other.object, aliases=other.aliases, id=f"exchanged/{fact.id or fact.text}"
+                )
             )
     return tuple(found)
 

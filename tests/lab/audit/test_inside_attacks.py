@@ -14,7 +14,8 @@ from lab.audit.base import AttackResult, AuditSubject, Controls
 from lab.audit.concept_vectors import concept_tokens
 from lab.audit.depth import DepthCurve
 from lab.audit.detection import noise_like
-from lab.audit.inside import ConceptTrace, HiddenKnowledgeAttack, PatchingDepth, Spectral, Trace, returned
+from lab.audit.fingerprints import Spectral, Trace
+from lab.audit.inside import ConceptTrace, HiddenKnowledgeAttack, PatchingDepth, returned
 from lab.audit.originals import Original, change_of, original_of
 from lab.audit.spectra import subject_keys
 from lab.patch import LowRank, Provenance, WeightPatch
