@@ -20,6 +20,11 @@ ATTACKS: Registry[type[Attack]] = Registry(
         "quantize": "lab.audit.weights:Quantize",
         "prune": "lab.audit.weights:Prune",
         "adapter_removal": "lab.audit.weights:AdapterRemoval",
+        "hidden_knowledge": "lab.audit.inside:HiddenKnowledgeAttack",
+        "concept_trace": "lab.audit.inside:ConceptTrace",
+        "patching_depth": "lab.audit.inside:PatchingDepth",
+        "trace": "lab.audit.fingerprints:Trace",
+        "spectral": "lab.audit.fingerprints:Spectral",
     },
     group="knowlab.attacks",
 )

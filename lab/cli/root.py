@@ -37,9 +37,9 @@ def build_app() -> typer.Typer:
     ) -> None:
         pass
 
-    from lab.cli import ask, atlas, audit, listing, patches, tracing
+    from lab.cli import ask, atlas, audit, audit_side_effects, listing, patches, tracing
 
-    for part in (ask, patches, tracing, audit, listing, atlas):
+    for part in (ask, patches, tracing, audit, audit_side_effects, listing, atlas):
         app.add_typer(part.app)
     for point in sorted(entry_points(group=COMMAND_GROUP), key=lambda point: point.name):
         try:
