@@ -65,7 +65,7 @@ class BenchOptions:
         corpus: Text for key statistics.
         fluency: Whether texts are generated; without a choice as the suite does in print.
         split, convention, known_only, skip_malformed: As in ``knowlab eval``.
-        device, dtype: Where and how the model runs.
+        device, dtype, quantize: Where and how the model runs.
         drift: Cases whose attention drift is measured, where the editor searches a value.
         batch_size: Rows in one forward pass.
         threads: Torch's threads in each process; torch's own choice without it.
@@ -83,6 +83,7 @@ class BenchOptions:
     skip_malformed: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+    quantize: str | None = None
     drift: int = 4
     batch_size: int = 64
     threads: int | None = None
@@ -125,6 +126,9 @@ def cell_file(cell: Cell, options: BenchOptions) -> str:
     decisive = asdict(options)
     for name in ("batch_size", "threads", "settings", "data"):
         del decisive[name]
+    if options.quantize is None:
+        # Cells from before there was a choice stay valid.
+        del decisive["quantize"]
     source = options.data.get(cell.suite)
     decisive |= {
         "version": CELL_VERSION,
@@ -232,7 +236,8 @@ class Workshop:
         if self._model is None or self._model[0] != name:
             # The old model goes before the new one comes.
             self._model = None
-            handle = open_model(name, device=self.options.device, dtype=self.options.dtype)
+            options = self.options
+            handle = open_model(name, device=options.device, dtype=options.dtype, quantize=options.quantize)
             self._model = (name, handle, BaselineCache())
         return self._model[1], self._model[2]
 

@@ -146,6 +146,7 @@ def edit(
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     out: opt.Out = None,
     force: opt.Force = False,
     json: opt.Json = None,
@@ -159,7 +160,7 @@ def edit(
     from lab.patch import WeightPatch
 
     method = get_editor(editor, preset=preset, corpus=corpus, seed=seed, **options.overrides(settings))
-    handle = open_model(model, patch, device=device, dtype=dtype)
+    handle = open_model(model, patch, device=device, dtype=dtype, quantize=quantize)
     before = reply(handle, wanted)
     bits, state = handle.weights_digest(), handle.state
     with progress() as advance:
@@ -238,6 +239,7 @@ def demo(
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -257,7 +259,7 @@ def demo(
 
     names = list(dict.fromkeys(editor or ("rome", "rome+sadr")))
     methods = {name: get_editor(name, seed=seed) for name in names}
-    handle = open_model(model, patch, device=device, dtype=dtype)
+    handle = open_model(model, patch, device=device, dtype=dtype, quantize=quantize)
     cases = choose_cases(handle, limit, seed)
     with progress() as advance:
         found = run_demo(handle, methods, cases, seed=seed, progress=advance)

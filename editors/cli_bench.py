@@ -164,6 +164,7 @@ def bench_editing(
     ] = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -199,6 +200,7 @@ def bench_editing(
         skip_malformed=skip_malformed,
         device=device,
         dtype=dtype,
+        quantize=quantize,
         batch_size=batch_size,
         threads=threads if threads is not None else _share(workers),
     )
