@@ -22,7 +22,14 @@ REQUESTS = [
     EditRequest("a", "The capital of {} is", "France", "Rome"),
     EditRequest("b", "{}'s wife is", "Barack Obama", "Marie Curie"),
 ]
-SEARCH = {"layers": (1,), "steps": 8, "fact_token": "last", "prefixes": ["The guitar. {}"], "clamp": 20.0}
+SEARCH = {
+    "layers": (1,),
+    "steps": 8,
+    "fact_token": "last",
+    "prefixes": ["The guitar. {}"],
+    "clamp": 20.0,
+    "weight_decay": 0.0,
+}
 PAIRS = [(request.text, request.target_new) for request in REQUESTS]
 
 
@@ -131,13 +138,14 @@ def test_an_edit_raises_its_target_and_goes_without_a_trace(family, spec, base, 
     requests = REQUESTS[:1] if spec == "rome_identity" else REQUESTS
     patch = get_editor(spec, **SEARCH, **more).edit(handle, requests)
     assert handle.weights_digest() == bits
-    assert all(isinstance(delta, LowRank) and delta.left.dtype == torch.float32 for delta in patch.deltas.values())
+    assert all(isinstance(delta, LowRank) and delta.left.element_size() >= 4 for delta in patch.deltas.values())
     before = score_targets(handle, PAIRS[: len(requests)])
     with patch.applied(handle) as entry:
         assert entry.mode == ("merge" if base is None and dtype == torch.float32 else "sidecar")
         after = score_targets(handle, PAIRS[: len(requests)])
         assert (handle.weights_digest() == bits) == (entry.mode == "sidecar")
-    assert all(b.mean_logprob > a.mean_logprob + 0.3 for a, b in zip(before, after, strict=True))
+    gains = [b.mean_logprob - a.mean_logprob for a, b in zip(before, after, strict=True)]
+    assert min(gains) > 0.3, gains
     assert (handle.weights_digest(), handle.state) == (bits, state)
     assert score_targets(handle, PAIRS[: len(requests)]) == before
 
@@ -199,21 +207,15 @@ def test_a_quantised_weight_is_not_written():
 class Wrapped(torch.Tensor):
     """A weight that is read through its own ``dequantize``, as libraries of quantised tensors have it."""
 
-    @staticmethod
-    def __new__(cls, codes, scale):
-        made = torch.Tensor._make_subclass(cls, codes.to(torch.float32))
-        made.scale = scale
-        return made
-
     def dequantize(self):
-        return self.as_subclass(torch.Tensor) * self.scale
+        return self.as_subclass(torch.Tensor) * 0.5
 
 
 def test_other_forms_are_told_by_what_they_offer():
     linear = nn.Linear(3, 2, bias=False)
     assert quantized_weight(linear) is None and quantized_weight(nn.ReLU()) is None
     codes = torch.tensor([[1, -2, 3], [4, 5, -6]])
-    linear.weight = nn.Parameter(Wrapped(codes, 0.5), requires_grad=False)
+    linear.weight = nn.Parameter(codes.float().as_subclass(Wrapped), requires_grad=False)
     assert isinstance(linear.weight, Wrapped)
     found = quantized_weight(linear)
     assert found is not None and found.shape == (2, 3)
