@@ -67,6 +67,9 @@ class BenchOptions:
         split, convention, known_only, skip_malformed: As in ``knowlab eval``.
         device, dtype, quantize: Where and how the model runs.
         drift: Cases whose attention drift is measured, where the editor searches a value.
+        general_ability: Tasks of lm-eval that are asked before and after the edits.
+        task_path: Folder with further tasks.
+        task_limit: Rows of each task.
         batch_size: Rows in one forward pass.
         threads: Torch's threads in each process; torch's own choice without it.
     """
@@ -85,6 +88,9 @@ class BenchOptions:
     dtype: str = "float32"
     quantize: str | None = None
     drift: int = 4
+    general_ability: tuple[str, ...] = ()
+    task_path: str | None = None
+    task_limit: int | None = None
     batch_size: int = 64
     threads: int | None = None
 
@@ -126,9 +132,12 @@ def cell_file(cell: Cell, options: BenchOptions) -> str:
     decisive = asdict(options)
     for name in ("batch_size", "threads", "settings", "data"):
         del decisive[name]
+    # What was not asked for is not named, so that cells from before there was a choice stay valid.
     if options.quantize is None:
-        # Cells from before there was a choice stay valid.
         del decisive["quantize"]
+    if not options.general_ability:
+        for name in ("general_ability", "task_path", "task_limit"):
+            del decisive[name]
     source = options.data.get(cell.suite)
     decisive |= {
         "version": CELL_VERSION,
@@ -171,6 +180,7 @@ class Workshop:
         self.options = options
         self._model: tuple[str, ModelHandle, BaselineCache] | None = None
         self._cases: dict[tuple[str, int], CaseSet] = {}
+        self._abilities: dict[str, Any] = {}
 
     def attempt(self, cell: Cell) -> Row:
         """``run``, with an error as a row of its own: one broken cell must not take the others down."""
@@ -209,7 +219,8 @@ class Workshop:
             cell.editor, corpus=options.corpus, seed=cell.seed, **options.settings_of(cell.editor)
         )
         total = min(len(cases), options.limit or len(cases))
-        clock = Clock(keep=options.drift if _searches(cell.editor) else 0)
+        shown = options.drift if _searches(cell.editor) else 0
+        clock = Clock(keep=self._kept(shown, total))
         with peak_memory(handle.device) as peak:
             preparing = self._prepare(editor, handle, cases)
             report = evaluate_editing(
@@ -226,8 +237,20 @@ class Workshop:
                 retention_every=math.ceil(total / _MOMENTS) if options.protocol == "sequential" else 0,
                 cache=cache,
             )
-        drift = drift_of(handle, clock.kept, options.protocol)
-        return _row(cell, report, clock, preparing, peak.mb, drift)
+        drift = drift_of(handle, clock.kept[:shown], options.protocol)
+        row = _row(cell, report, clock, preparing, peak.mb, drift)
+        if options.general_ability:
+            from editors.bench_ability import ability_row
+
+            before = self._abilities.setdefault(cell.model, {})
+            row["general_ability"] = ability_row(handle, clock.kept, options, before)
+        return row
+
+    def _kept(self, shown: int, total: int) -> int:
+        """How many patches are looked at afterwards: ability after a sequence or batch is that after all of it."""
+        if not self.options.general_ability:
+            return shown
+        return max(shown, self.options.drift if self.options.protocol == "single" else total)
 
     def _open(self, name: str) -> tuple[ModelHandle, Any]:
         from lab.cli.session import open_model

@@ -162,6 +162,34 @@ def bench_editing(
             show_default=False,
         ),
     ] = None,
+    general_ability: Annotated[
+        str | None,
+        typer.Option(
+            "--general-ability",
+            help="Tasks of lm-eval, with commas between them, asked before and under the edits.",
+            rich_help_panel=cli_eval.SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    task_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--task-path",
+            help="Folder with further tasks of lm-eval (YAML).",
+            rich_help_panel=cli_eval.SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    task_limit: Annotated[
+        int | None,
+        typer.Option(
+            "--task-limit",
+            min=1,
+            help="Rows of each task of lm-eval.",
+            rich_help_panel=cli_eval.SUITE_PANEL,
+            show_default="all",
+        ),
+    ] = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
     quantize: opt.Quantize = None,
@@ -181,9 +209,17 @@ def bench_editing(
     if not (out / CELLS).is_dir():
         check_out(out, force)
     from editors.bench import BenchOptions, cell_file, plan_cells
+    from editors.bench_ability import ability_lines
     from editors.bench_report import Comparison, columns
     from lab.eval.render import rich_table
 
+    tasks = tuple(task.strip() for task in (general_ability or "").split(",") if task.strip())
+    if tasks:
+        from lab.eval.lm_eval import require_lm_eval
+
+        require_lm_eval()
+    elif task_path is not None or task_limit is not None:
+        raise ConfigError("--task-path and --task-limit belong to --general-ability")
     names = [name.strip() for name in editors.split(",") if name.strip()]
     suites, seeds = suite or ["atlas"], seed or [0]
     cells = plan_cells(names, suites, model or ["atlas"], seeds)
@@ -201,6 +237,9 @@ def bench_editing(
         device=device,
         dtype=dtype,
         quantize=quantize,
+        general_ability=tasks,
+        task_path=None if task_path is None else str(task_path),
+        task_limit=task_limit,
         batch_size=batch_size,
         threads=threads if threads is not None else _share(workers),
     )
@@ -215,6 +254,9 @@ def bench_editing(
     screen.print(table("Editors compared", heads, lines))
     for group in found.groups():
         screen.print(rich_table(columns(group)))
+    if lines := ability_lines(found.rows):
+        heads = ("editor", "suite", "model", "task", "metric", "before", "after")
+        screen.print(table("General ability", heads, lines))
     content = found.to_json() | {
         "seeds": seeds,
         "protocol": protocol.value,
