@@ -214,7 +214,7 @@ class Workshop:
             torch.set_num_threads(options.threads)
         handle, cache = self._open(cell.model)
         suite = get_suite(cell.suite, SuiteOptions(fluency=options.fluency, convention=options.convention))
-        cases = self._cases_of(cell)
+        cases = self.cases_of(cell)
         editor = get_editor(
             cell.editor, corpus=options.corpus, seed=cell.seed, **options.settings_of(cell.editor)
         )
@@ -264,7 +264,12 @@ class Workshop:
             self._model = (name, handle, BaselineCache())
         return self._model[1], self._model[2]
 
-    def _cases_of(self, cell: Cell) -> CaseSet:
+    def open(self, name: str) -> ModelHandle:
+        """The model of that name; the one that is open already, where it is that."""
+        return self._open(name)[0]
+
+    def cases_of(self, cell: Cell) -> CaseSet:
+        """The cases that a cell draws from."""
         from lab.eval.sources import suite_cases
 
         key = (cell.suite, cell.seed)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from editors import cli_bench, cli_eval, cli_train, cli_tune, cli_unlearn
+from editors import cli_bench_sadr, cli_eval, cli_train, cli_tune, cli_unlearn
 from editors import cli_options as options
 from lab.cli import options as opt
 from lab.cli.output import check_out, console, progress, table, write_json
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 app.add_typer(cli_eval.app)
-app.add_typer(cli_bench.app)
+# With `bench sadr`, which joins the same group.
+app.add_typer(cli_bench_sadr.app)
 app.add_typer(cli_train.app)
 app.add_typer(cli_tune.app)
 app.add_typer(cli_unlearn.app)

@@ -244,7 +244,7 @@ def bench_editing(
         threads=threads if threads is not None else _share(workers),
     )
     files = {cell: out / CELLS / cell_file(cell, options) for cell in cells}
-    rows = {cell: found for cell, file in files.items() if (found := _read(file)) is not None}
+    rows = {cell: found for cell, file in files.items() if (found := read_cell(file)) is not None}
     kept = len(rows)
     with progress() as advance:
         _run([cell for cell in cells if cell not in rows], options, workers, ray, files, rows, advance)
@@ -290,19 +290,12 @@ def _run(
 ) -> None:
     """Runs what is not finished; every finished cell is written before the next one is asked for."""
     from editors.bench_pool import load_ray, run_here, run_in_processes, run_on_ray
-    from lab.cli.output import strict
-    from lab.records import write_text_atomically
 
     total = len(files)
     advance("runs", total - len(cells), total)
 
     def done(cell: Cell, row: Row) -> None:
-        rows[cell] = strict(row)
-        if "error" not in row:
-            text = jsonlib.dumps(
-                {"schema_version": SCHEMA_VERSION} | rows[cell], ensure_ascii=False, indent=1
-            )
-            write_text_atomically(files[cell], text + "\n")
+        rows[cell] = write_cell(files[cell], row)
         advance("runs", len(rows), total)
 
     if ray is not None:
@@ -313,7 +306,19 @@ def _run(
         run_here(cells, options, done)
 
 
-def _read(file: Path) -> Row | None:
+def write_cell(file: Path, row: Row) -> Row:
+    """Keeps a finished cell, one that failed not; returns it as it would be read back."""
+    from lab.cli.output import strict
+    from lab.records import write_text_atomically
+
+    plain = strict(row)
+    if "error" not in row:
+        text = jsonlib.dumps({"schema_version": SCHEMA_VERSION} | plain, ensure_ascii=False, indent=1)
+        write_text_atomically(file, text + "\n")
+    return plain
+
+
+def read_cell(file: Path) -> Row | None:
     """A finished cell; one that cannot be read is run again."""
     try:
         found = jsonlib.loads(file.read_text(encoding="utf-8"))
