@@ -90,8 +90,6 @@ def ability_lines(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         for task, metrics in (row.get("general_ability") or {}).get("tasks", {}).items():
             for name, pair in metrics.items():
                 after = pair["after"]
-                lines.append(
-                    [row["editor"], row["suite"], row["model"], task, name, pair["before"]["mean"]]
-                    + [None if after is None else after["mean"]]
-                )
+                figures = (pair["before"]["mean"], None if after is None else after["mean"])
+                lines.append([row["editor"], row["suite"], row["model"], task, name, *figures])
     return lines

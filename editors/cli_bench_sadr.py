@@ -82,7 +82,10 @@ def bench_sadr(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="Folder for the reports and the finished runs.", rich_help_panel=opt.OUTPUT_PANEL
+            "--out",
+            "-o",
+            help="Folder for the reports and the finished runs.",
+            rich_help_panel=opt.OUTPUT_PANEL,
         ),
     ] = Path("results/sadr"),
     force: opt.Force = False,
@@ -173,9 +176,7 @@ def _maps(shop: Workshop, variants: tuple[Variant, ...], out: Path) -> dict[str,
         file = out / f"drift-{variant.editor}-{'plain' if variant.kind == 'plain' else 'sadr'}.png"
         found[variant.name] = file
         handle, cases = shop.open(variant.cell.model), shop.cases_of(variant.cell)
-        request = next(
-            (case.requests[0] for case in cases if not case.unsupported and case.requests), None
-        )
+        request = next((case.requests[0] for case in cases if not case.unsupported and case.requests), None)
         if request is None:
             raise ConfigError(f"the suite {variant.cell.suite!r} has no case that can be edited")
         options = variant.options
@@ -185,4 +186,3 @@ def _maps(shop: Workshop, variants: tuple[Variant, ...], out: Path) -> dict[str,
         patch: Any = editor.edit(handle, [request])
         attention_drift(handle, patch, [request.prompt], [request.subject]).plot(file)
     return found
-

@@ -255,7 +255,9 @@ def curve_plot(found: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _line(axes: Any, curve: Sequence[Mapping[str, Any]], pick: Any, color: str, style: str, label: str) -> None:
+def _line(
+    axes: Any, curve: Sequence[Mapping[str, Any]], pick: Any, color: str, style: str, label: str
+) -> None:
     points = [
         (entry["gamma"], value) for entry in curve if (value := pick(entry)) and value["mean"] is not None
     ]

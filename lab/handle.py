@@ -264,7 +264,9 @@ class ModelHandle:
         path = "lm_head" if role is Role.UNEMBED else self.arch.path(role, layer)
         weight = _weight(f"{path}.weight", module, "weight")
         if weight is None:
-            raise UnsupportedModelError(f"{path!r} of {self.name!r} holds no weight ({type(module).__name__})")
+            raise UnsupportedModelError(
+                f"{path!r} of {self.name!r} holds no weight ({type(module).__name__})"
+            )
         return weight
 
     def named_weight(self, name: str) -> Weight:

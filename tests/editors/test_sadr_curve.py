@@ -16,7 +16,11 @@ from tests.test_cli_editing import ROWS, counterfact_file
 
 def cases(after, before=1.0):
     return [
-        {"id": str(number), "values": {"relation": list(values)}, "before": {"relation": [before] * len(values)}}
+        {
+            "id": str(number),
+            "values": {"relation": list(values)},
+            "before": {"relation": [before] * len(values)},
+        }
         for number, values in enumerate(after)
     ]
 
@@ -66,7 +70,11 @@ def test_the_plan_has_both_references_and_a_curve():
     assert len(found) == 8
     whole = plan(["rome"], [1.0], "atlas", "atlas", 0, options, all_steps=True)[2]
     assert whole.options.settings_of("rome+sadr") == {"steps": 3, "gamma": 1.0, "stop_below": 0.0}
-    for editors, gammas, said in (([], [1.0], "at least"), (["ft_m"], [1.0], "ft_m"), (["rome"], [0.0], "above 0")):
+    for editors, gammas, said in (
+        ([], [1.0], "at least"),
+        (["ft_m"], [1.0], "ft_m"),
+        (["rome"], [0.0], "above 0"),
+    ):
         with pytest.raises(ConfigError, match=said):
             plan(editors, gammas, "atlas", "atlas", 0, options)
     with pytest.raises(ConfigError, match="numbers"):

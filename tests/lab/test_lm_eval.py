@@ -123,7 +123,11 @@ def test_ability_under_patches_alone_and_together(monkeypatch):
     alone = ability_row(handle, kept, BenchOptions(general_ability=("t",)), cache)
     assert cache["t"]["acc"].mean == 0
     pair = alone["tasks"]["t"]["acc"]
-    assert (alone["edits"], pair["before"]["mean"], pair["after"]["mean"]) == (2, 0, pytest.approx(1.5, abs=1e-2))
+    assert (alone["edits"], pair["before"]["mean"], pair["after"]["mean"]) == (
+        2,
+        0,
+        pytest.approx(1.5, abs=1e-2),
+    )
     together = ability_row(handle, kept, BenchOptions(general_ability=("t",), protocol="sequential"), cache)
     assert together["tasks"]["t"]["acc"]["after"]["mean"] == pytest.approx(3, abs=1e-2)
     assert handle.applied == ()

@@ -57,7 +57,9 @@ def test_codes_and_scales(scheme, largest, inner):
     made = QuantizedLinear(weight, nn.Parameter(torch.arange(5.0)), scheme)
     back = made.dequantize()
     step = weight.abs().amax(dim=1) / largest
-    assert ((back - weight).abs() <= step[:, None] / 2 + 1e-7).all(), "every entry is off by half a step at most"
+    assert ((back - weight).abs() <= step[:, None] / 2 + 1e-7).all(), (
+        "every entry is off by half a step at most"
+    )
     assert torch.equal(back[2], torch.zeros(inner))
     assert torch.allclose(back.abs().amax(dim=1), weight.abs().amax(dim=1)), "the largest of a row is exact"
     assert made.codes.numel() == 5 * (inner if scheme == "int8" else (inner + 1) // 2)
@@ -117,7 +119,9 @@ def test_a_sidecar_equals_the_dense_patch_of_the_dequantised_model(family, schem
     assert torch.allclose(handle.logits(batch), plain.logits(other), atol=1e-4)
     patch = get_editor("rome_identity", **SEARCH).edit(handle, REQUESTS[:1])
     dense = WeightPatch(
-        plain.fingerprint, {name: Dense(delta.dense()) for name, delta in patch.deltas.items()}, Provenance("test")
+        plain.fingerprint,
+        {name: Dense(delta.dense()) for name, delta in patch.deltas.items()},
+        Provenance("test"),
     )
     before = handle.logits(batch)
     with patch.applied(handle) as entry, dense.applied(plain, "merge"):
@@ -132,13 +136,17 @@ def test_a_sidecar_equals_the_dense_patch_of_the_dequantised_model(family, schem
 @pytest.mark.parametrize("base", ["int8", "int4", None])
 @pytest.mark.parametrize(("family", "spec"), [("llama", "rome_identity"), ("gpt2", "memit+sadr")])
 def test_an_edit_raises_its_target_and_goes_without_a_trace(family, spec, base, dtype, corpus):
-    handle = tiny_handle(family, scale=1.5, dtype=dtype) if base is None else quantized_handle(family, base, dtype)
+    handle = (
+        tiny_handle(family, scale=1.5, dtype=dtype) if base is None else quantized_handle(family, base, dtype)
+    )
     bits, state = handle.weights_digest(), handle.state
     more = {} if spec == "rome_identity" else {"mom2_weight": 0.1, **corpus}
     requests = REQUESTS[:1] if spec == "rome_identity" else REQUESTS
     patch = get_editor(spec, **SEARCH, **more).edit(handle, requests)
     assert handle.weights_digest() == bits
-    assert all(isinstance(delta, LowRank) and delta.left.element_size() >= 4 for delta in patch.deltas.values())
+    assert all(
+        isinstance(delta, LowRank) and delta.left.element_size() >= 4 for delta in patch.deltas.values()
+    )
     before = score_targets(handle, PAIRS[: len(requests)])
     with patch.applied(handle) as entry:
         assert entry.mode == ("merge" if base is None and dtype == torch.float32 else "sidecar")
@@ -185,7 +193,9 @@ def test_a_quantised_weight_is_not_written():
     bits = handle.weights_digest()
     weight = handle.weight(Role.MLP_OUT, 1)
     assert weight.quantized and weight.canonical().shape == weight.shape
-    patch = WeightPatch(handle.fingerprint, {weight.name: Dense(torch.ones(weight.shape))}, Provenance("test"))
+    patch = WeightPatch(
+        handle.fingerprint, {weight.name: Dense(torch.ones(weight.shape))}, Provenance("test")
+    )
     with pytest.raises(PatchError, match="sidecar"):
         patch.apply(handle, "merge")
     with pytest.raises(UnsupportedModelError, match="without quantisation"):
@@ -198,7 +208,9 @@ def test_a_quantised_weight_is_not_written():
         fit(handle, lambda model, reference: None, weights=[weight.name])  # type: ignore[arg-type, return-value]
     assert handle.weights_digest() == bits and handle.applied == ()
     norm = handle.module(Role.FINAL_NORM).weight
-    other = WeightPatch(handle.fingerprint, {"model.norm.weight": Dense(torch.ones(norm.shape))}, Provenance("test"))
+    other = WeightPatch(
+        handle.fingerprint, {"model.norm.weight": Dense(torch.ones(norm.shape))}, Provenance("test")
+    )
     with other.applied(handle) as entry:
         assert entry.mode == "merge", "what is not quantised takes a patch as ever"
     assert handle.weights_digest() == bits
