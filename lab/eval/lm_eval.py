@@ -179,9 +179,11 @@ def general_ability(
         ConfigError: ``task_path`` is no folder, or lm-eval gave nothing back.
     """
     model = language_model(handle, batch_size=batch_size)
-    from lm_eval import simple_evaluate
+    from importlib import import_module
 
     from lab.model_state import random_state
+
+    simple_evaluate = import_module("lm_eval").simple_evaluate
 
     with random_state(seed):
         manager = _tasks(tasks, task_path)
