@@ -65,8 +65,11 @@ class BenchOptions:
         corpus: Text for key statistics.
         fluency: Whether texts are generated; without a choice as the suite does in print.
         split, convention, known_only, skip_malformed: As in ``knowlab eval``.
-        device, dtype: Where and how the model runs.
+        device, dtype, quantize: Where and how the model runs.
         drift: Cases whose attention drift is measured, where the editor searches a value.
+        general_ability: Tasks of lm-eval that are asked before and after the edits.
+        task_path: Folder with further tasks.
+        task_limit: Rows of each task.
         batch_size: Rows in one forward pass.
         threads: Torch's threads in each process; torch's own choice without it.
     """
@@ -83,7 +86,11 @@ class BenchOptions:
     skip_malformed: bool = False
     device: str = "cpu"
     dtype: str = "float32"
+    quantize: str | None = None
     drift: int = 4
+    general_ability: tuple[str, ...] = ()
+    task_path: str | None = None
+    task_limit: int | None = None
     batch_size: int = 64
     threads: int | None = None
 
@@ -125,6 +132,12 @@ def cell_file(cell: Cell, options: BenchOptions) -> str:
     decisive = asdict(options)
     for name in ("batch_size", "threads", "settings", "data"):
         del decisive[name]
+    # What was not asked for is not named, so that cells from before there was a choice stay valid.
+    if options.quantize is None:
+        del decisive["quantize"]
+    if not options.general_ability:
+        for name in ("general_ability", "task_path", "task_limit"):
+            del decisive[name]
     source = options.data.get(cell.suite)
     decisive |= {
         "version": CELL_VERSION,
@@ -167,6 +180,7 @@ class Workshop:
         self.options = options
         self._model: tuple[str, ModelHandle, BaselineCache] | None = None
         self._cases: dict[tuple[str, int], CaseSet] = {}
+        self._abilities: dict[str, Any] = {}
 
     def attempt(self, cell: Cell) -> Row:
         """``run``, with an error as a row of its own: one broken cell must not take the others down."""
@@ -200,12 +214,13 @@ class Workshop:
             torch.set_num_threads(options.threads)
         handle, cache = self._open(cell.model)
         suite = get_suite(cell.suite, SuiteOptions(fluency=options.fluency, convention=options.convention))
-        cases = self._cases_of(cell)
+        cases = self.cases_of(cell)
         editor = get_editor(
             cell.editor, corpus=options.corpus, seed=cell.seed, **options.settings_of(cell.editor)
         )
         total = min(len(cases), options.limit or len(cases))
-        clock = Clock(keep=options.drift if _searches(cell.editor) else 0)
+        shown = options.drift if _searches(cell.editor) else 0
+        clock = Clock(keep=self._kept(shown, total))
         with peak_memory(handle.device) as peak:
             preparing = self._prepare(editor, handle, cases)
             report = evaluate_editing(
@@ -222,8 +237,20 @@ class Workshop:
                 retention_every=math.ceil(total / _MOMENTS) if options.protocol == "sequential" else 0,
                 cache=cache,
             )
-        drift = drift_of(handle, clock.kept, options.protocol)
-        return _row(cell, report, clock, preparing, peak.mb, drift)
+        drift = drift_of(handle, clock.kept[:shown], options.protocol)
+        row = _row(cell, report, clock, preparing, peak.mb, drift)
+        if options.general_ability:
+            from editors.bench_ability import ability_row
+
+            before = self._abilities.setdefault(cell.model, {})
+            row["general_ability"] = ability_row(handle, clock.kept, options, before)
+        return row
+
+    def _kept(self, shown: int, total: int) -> int:
+        """How many patches are looked at afterwards: ability after a sequence or batch is that after all of it."""
+        if not self.options.general_ability:
+            return shown
+        return max(shown, self.options.drift if self.options.protocol == "single" else total)
 
     def _open(self, name: str) -> tuple[ModelHandle, Any]:
         from lab.cli.session import open_model
@@ -232,11 +259,17 @@ class Workshop:
         if self._model is None or self._model[0] != name:
             # The old model goes before the new one comes.
             self._model = None
-            handle = open_model(name, device=self.options.device, dtype=self.options.dtype)
+            options = self.options
+            handle = open_model(name, device=options.device, dtype=options.dtype, quantize=options.quantize)
             self._model = (name, handle, BaselineCache())
         return self._model[1], self._model[2]
 
-    def _cases_of(self, cell: Cell) -> CaseSet:
+    def open(self, name: str) -> ModelHandle:
+        """The model of that name; the one that is open already, where it is that."""
+        return self._open(name)[0]
+
+    def cases_of(self, cell: Cell) -> CaseSet:
+        """The cases that a cell draws from."""
         from lab.eval.sources import suite_cases
 
         key = (cell.suite, cell.seed)

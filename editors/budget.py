@@ -112,7 +112,7 @@ def relative_norm(handle: ModelHandle, patch: Patch) -> float | None:
     for part in parts(patch):
         if isinstance(part, WeightPatch):
             for name, norm in part.norms().items():
-                size = float(handle.named_weight(name).parameter.detach().double().norm())
+                size = float(handle.named_weight(name).canonical().double().norm())
                 found.append(norm / size if size else math.inf)
     return max(found, default=None)
 

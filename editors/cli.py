@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from editors import cli_bench, cli_eval, cli_train, cli_tune, cli_unlearn
+from editors import cli_bench_sadr, cli_eval, cli_train, cli_tune, cli_unlearn
 from editors import cli_options as options
 from lab.cli import options as opt
 from lab.cli.output import check_out, console, progress, table, write_json
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 app.add_typer(cli_eval.app)
-app.add_typer(cli_bench.app)
+# With `bench sadr`, which joins the same group.
+app.add_typer(cli_bench_sadr.app)
 app.add_typer(cli_train.app)
 app.add_typer(cli_tune.app)
 app.add_typer(cli_unlearn.app)
@@ -146,6 +147,7 @@ def edit(
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     out: opt.Out = None,
     force: opt.Force = False,
     json: opt.Json = None,
@@ -159,7 +161,7 @@ def edit(
     from lab.patch import WeightPatch
 
     method = get_editor(editor, preset=preset, corpus=corpus, seed=seed, **options.overrides(settings))
-    handle = open_model(model, patch, device=device, dtype=dtype)
+    handle = open_model(model, patch, device=device, dtype=dtype, quantize=quantize)
     before = reply(handle, wanted)
     bits, state = handle.weights_digest(), handle.state
     with progress() as advance:
@@ -238,6 +240,7 @@ def demo(
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -257,7 +260,7 @@ def demo(
 
     names = list(dict.fromkeys(editor or ("rome", "rome+sadr")))
     methods = {name: get_editor(name, seed=seed) for name in names}
-    handle = open_model(model, patch, device=device, dtype=dtype)
+    handle = open_model(model, patch, device=device, dtype=dtype, quantize=quantize)
     cases = choose_cases(handle, limit, seed)
     with progress() as advance:
         found = run_demo(handle, methods, cases, seed=seed, progress=advance)

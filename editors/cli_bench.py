@@ -162,8 +162,37 @@ def bench_editing(
             show_default=False,
         ),
     ] = None,
+    general_ability: Annotated[
+        str | None,
+        typer.Option(
+            "--general-ability",
+            help="Tasks of lm-eval, with commas between them, asked before and under the edits.",
+            rich_help_panel=cli_eval.SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    task_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--task-path",
+            help="Folder with further tasks of lm-eval (YAML).",
+            rich_help_panel=cli_eval.SUITE_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    task_limit: Annotated[
+        int | None,
+        typer.Option(
+            "--task-limit",
+            min=1,
+            help="Rows of each task of lm-eval.",
+            rich_help_panel=cli_eval.SUITE_PANEL,
+            show_default="all",
+        ),
+    ] = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -180,9 +209,17 @@ def bench_editing(
     if not (out / CELLS).is_dir():
         check_out(out, force)
     from editors.bench import BenchOptions, cell_file, plan_cells
+    from editors.bench_ability import ability_lines
     from editors.bench_report import Comparison, columns
     from lab.eval.render import rich_table
 
+    tasks = tuple(task.strip() for task in (general_ability or "").split(",") if task.strip())
+    if tasks:
+        from lab.eval.lm_eval import require_lm_eval
+
+        require_lm_eval()
+    elif task_path is not None or task_limit is not None:
+        raise ConfigError("--task-path and --task-limit belong to --general-ability")
     names = [name.strip() for name in editors.split(",") if name.strip()]
     suites, seeds = suite or ["atlas"], seed or [0]
     cells = plan_cells(names, suites, model or ["atlas"], seeds)
@@ -199,11 +236,15 @@ def bench_editing(
         skip_malformed=skip_malformed,
         device=device,
         dtype=dtype,
+        quantize=quantize,
+        general_ability=tasks,
+        task_path=None if task_path is None else str(task_path),
+        task_limit=task_limit,
         batch_size=batch_size,
         threads=threads if threads is not None else _share(workers),
     )
     files = {cell: out / CELLS / cell_file(cell, options) for cell in cells}
-    rows = {cell: found for cell, file in files.items() if (found := _read(file)) is not None}
+    rows = {cell: found for cell, file in files.items() if (found := read_cell(file)) is not None}
     kept = len(rows)
     with progress() as advance:
         _run([cell for cell in cells if cell not in rows], options, workers, ray, files, rows, advance)
@@ -213,6 +254,9 @@ def bench_editing(
     screen.print(table("Editors compared", heads, lines))
     for group in found.groups():
         screen.print(rich_table(columns(group)))
+    if lines := ability_lines(found.rows):
+        heads = ("editor", "suite", "model", "task", "metric", "before", "after")
+        screen.print(table("General ability", heads, lines))
     content = found.to_json() | {
         "seeds": seeds,
         "protocol": protocol.value,
@@ -246,19 +290,12 @@ def _run(
 ) -> None:
     """Runs what is not finished; every finished cell is written before the next one is asked for."""
     from editors.bench_pool import load_ray, run_here, run_in_processes, run_on_ray
-    from lab.cli.output import strict
-    from lab.records import write_text_atomically
 
     total = len(files)
     advance("runs", total - len(cells), total)
 
     def done(cell: Cell, row: Row) -> None:
-        rows[cell] = strict(row)
-        if "error" not in row:
-            text = jsonlib.dumps(
-                {"schema_version": SCHEMA_VERSION} | rows[cell], ensure_ascii=False, indent=1
-            )
-            write_text_atomically(files[cell], text + "\n")
+        rows[cell] = write_cell(files[cell], row)
         advance("runs", len(rows), total)
 
     if ray is not None:
@@ -269,7 +306,19 @@ def _run(
         run_here(cells, options, done)
 
 
-def _read(file: Path) -> Row | None:
+def write_cell(file: Path, row: Row) -> Row:
+    """Keeps a finished cell, one that failed not; returns it as it would be read back."""
+    from lab.cli.output import strict
+    from lab.records import write_text_atomically
+
+    plain = strict(row)
+    if "error" not in row:
+        text = jsonlib.dumps({"schema_version": SCHEMA_VERSION} | plain, ensure_ascii=False, indent=1)
+        write_text_atomically(file, text + "\n")
+    return plain
+
+
+def read_cell(file: Path) -> Row | None:
     """A finished cell; one that cannot be read is run again."""
     try:
         found = jsonlib.loads(file.read_text(encoding="utf-8"))

@@ -118,6 +118,7 @@ def evaluate_suite(
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     out: opt.Out = None,
     force: opt.Force = False,
     json: opt.Json = None,
@@ -141,7 +142,7 @@ def evaluate_suite(
     cases = suite_cases(
         suite, data, split=split.value, seed=seed, skip_malformed=skip_malformed, convention=convention.value
     )
-    handle = open_model(model, patch, device=device, dtype=dtype)
+    handle = open_model(model, patch, device=device, dtype=dtype, quantize=quantize)
     with progress() as advance:
         if method is None:
             if known_only:

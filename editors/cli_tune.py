@@ -99,6 +99,7 @@ def tune_editor(
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -137,7 +138,7 @@ def tune_editor(
     )
     held = [case for file in exclude or () for case in load_cases(file).cases]
     cases = tuning_cases(suite, data, seed=seed, exclude=held)
-    handle = open_model(model, None, device=device, dtype=dtype)
+    handle = open_model(model, None, device=device, dtype=dtype, quantize=quantize)
     with progress() as advance:
         result = tune(handle, editor, benchmark, cases, out, options, progress=advance)
     screen = console(json)

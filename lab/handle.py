@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lab.arch import Architecture, Role, architecture_for
 from lab.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from lab.locks import ReadWriteLock
+from lab.quantized import SCHEMES, QuantizedLinear, QuantizedWeight, quantize_blocks, quantized_weight
 from lab.stack import Applied, PatchStack
 from lab.tokens import Batch, Side, encode_ids, pad_rows
 
@@ -44,23 +45,46 @@ class Weight:
 
     Attributes:
         name: Parameter name, as in the state dict.
-        parameter: The live parameter, in whatever orientation the module stores.
+        held: The live parameter, in whatever orientation the module stores; of a quantised projection, what reads it.
         transposed: The module stores ``[in, out]`` (GPT-2's Conv1D).
     """
 
     name: str
-    parameter: nn.Parameter
+    held: nn.Parameter | QuantizedWeight
     transposed: bool
 
+    @property
+    def quantized(self) -> bool:
+        """Whether it can only be read; patches then go beside it."""
+        return isinstance(self.held, QuantizedWeight)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The live parameter.
+
+        Raises:
+            UnsupportedModelError: The weight is quantised.
+        """
+        if isinstance(self.held, QuantizedWeight):
+            raise UnsupportedModelError(
+                f"the weight {self.name!r} is quantised ({self.held.scheme}): it can be read, but neither trained nor written; "
+                'apply patches with mode="sidecar", or load the model without quantisation'
+            )
+        return self.held
+
     def canonical(self) -> Tensor:
-        """The weight as ``[out, in]``: a view, detached."""
-        data = self.parameter.detach()
+        """The weight as ``[out, in]``, detached: a view, or a quantised one's values in a tensor of their own."""
+        if isinstance(self.held, QuantizedWeight):
+            return self.held.read()
+        data = self.held.detach()
         return data.T if self.transposed else data
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
-        rows, columns = self.parameter.shape
+        if isinstance(self.held, QuantizedWeight):
+            return self.held.shape
+        rows, columns = self.held.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
 
@@ -125,8 +149,17 @@ class ModelHandle:
         dtype: str | torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         revision: str | None = None,
+        quantize: str | None = None,
     ) -> ModelHandle:
         """Loads a built-in model (``"atlas"``), a local folder, or a hub id. Only safetensors are read.
+
+        Args:
+            name_or_path: Which model.
+            dtype: Floating type of what is not quantised.
+            device: Where it runs.
+            revision: Of a hub id.
+            quantize: ``"int8"`` or ``"int4"``: the projections of the blocks, rounded from ``dtype`` to whole numbers with a scale
+                per row; see ``lab.quantized``. A checkpoint that is quantised already needs no word.
 
         Raises:
             UnknownNameError: Neither a built-in name, nor a folder, nor shaped like a hub id.
@@ -135,6 +168,8 @@ class ModelHandle:
         """
         from lab.atlas.weights import MODEL_NAMES, weights_path
 
+        if quantize is not None and quantize not in SCHEMES:
+            raise UnknownNameError("quantisation", quantize, SCHEMES)
         name = os.fspath(name_or_path)
         folder = weights_path(name) if name in MODEL_NAMES else Path(name)
         if folder is None:
@@ -156,7 +191,17 @@ class ModelHandle:
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"cannot load the model {name!r}: {error}") from error
         model.to(device).requires_grad_(False)  # type: ignore[arg-type]
-        return cls(model, tokenizer, name=name, folder=folder if folder.is_dir() else None)
+        handle = cls(model, tokenizer, name=name, folder=folder if folder.is_dir() else None)
+        if quantize is not None:
+            handle._quantize(quantize)
+        return handle
+
+    def _quantize(self, scheme: str) -> None:
+        blocks = [self.module(Role.BLOCK, layer) for layer in range(self.n_layers)]
+        if not quantize_blocks(self.model, blocks, scheme):
+            raise ConfigError(
+                f"{self.name!r} has no plain projection to quantise; it is quantised already, load it without quantize="
+            )
 
     @classmethod
     def wrap(
@@ -217,12 +262,12 @@ class ModelHandle:
         """The weight matrix of the module that plays ``role``."""
         module = self.module(role, layer)
         path = "lm_head" if role is Role.UNEMBED else self.arch.path(role, layer)
-        parameter = getattr(module, "weight", None)
-        if not isinstance(parameter, nn.Parameter):
+        weight = _weight(f"{path}.weight", module, "weight")
+        if weight is None:
             raise UnsupportedModelError(
-                f"{path!r} of {self.name!r} holds no plain weight ({type(module).__name__})"
+                f"{path!r} of {self.name!r} holds no weight ({type(module).__name__})"
             )
-        return Weight(f"{path}.weight", parameter, isinstance(module, Conv1D))
+        return weight
 
     def named_weight(self, name: str) -> Weight:
         """The parameter called ``name`` in the state dict.
@@ -232,13 +277,23 @@ class ModelHandle:
         """
         path, _, leaf = name.rpartition(".")
         try:
-            module = self.model.get_submodule(path)
-            parameter = getattr(module, leaf)
+            weight = _weight(name, self.model.get_submodule(path), leaf)
         except AttributeError:
-            parameter, module = None, None
-        if not isinstance(parameter, nn.Parameter):
+            weight = None
+        if weight is None:
             raise ConfigError(f"{self.name!r} has no parameter {name!r}")
-        return Weight(name, parameter, isinstance(module, Conv1D) and leaf == "weight")
+        return weight
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any projection of the blocks is quantised."""
+        return any(True for _ in self._quantized())
+
+    def _quantized(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """Names and weights of the quantised projections."""
+        for path, module in self.model.named_modules():
+            if not isinstance(module, PreTrainedModel) and (found := quantized_weight(module)) is not None:
+                yield f"{path}.weight", found
 
     # -- identity -------------------------------------------------------------------------------------------------
 
@@ -252,9 +307,16 @@ class ModelHandle:
             }
             digest.update(json.dumps(config, sort_keys=True, default=str).encode())
             digest.update(self.tokenizer_hash.encode())
+            quantized = dict(self._quantized())
             for name, parameter in self.model.named_parameters():
+                if name in quantized:
+                    continue
                 data = self.stack.pristine(name, parameter)
                 digest.update(f"{name}{tuple(data.shape)}{data.dtype}".encode())
+                digest.update(_tensor_bytes(data, sampled=data.numel() > _FULL_HASH_ELEMENTS))
+            for name, weight in quantized.items():
+                data = weight.read()
+                digest.update(f"{name}{weight.shape}{weight.scheme}".encode())
                 digest.update(_tensor_bytes(data, sampled=data.numel() > _FULL_HASH_ELEMENTS))
             return digest.hexdigest()
 
@@ -283,11 +345,13 @@ class ModelHandle:
         """sha256 over every bit of every parameter and buffer as it stands: the proof that an undo is exact."""
         with self.reading():
             digest = hashlib.sha256()
+            quantized = dict(self._quantized())
             for name, tensor in sorted(
                 {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}.items()
             ):
                 digest.update(name.encode())
-                digest.update(_tensor_bytes(tensor.detach(), sampled=False))
+                data = quantized[name].read() if name in quantized else tensor.detach()
+                digest.update(_tensor_bytes(data, sampled=False))
             return digest.hexdigest()
 
     # -- locks ----------------------------------------------------------------------------------------------------
@@ -408,6 +472,16 @@ class ModelHandle:
         out = self.model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)  # type: ignore[operator]
         continuations = [self.decode(row) for row in out[:, batch.input_ids.shape[1] :]]
         return [cut_at_stop(text, stop) for text in continuations]
+
+
+def _weight(name: str, module: nn.Module, leaf: str) -> Weight | None:
+    """A matrix of a module, or ``None`` where it holds none of that name."""
+    if leaf == "weight" and (quantized := quantized_weight(module)) is not None:
+        return Weight(name, quantized, isinstance(module, QuantizedLinear) and module.transposed)
+    held = getattr(module, leaf, None)
+    if not isinstance(held, nn.Parameter):
+        return None
+    return Weight(name, held, isinstance(module, Conv1D) and leaf == "weight")
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

@@ -279,26 +279,26 @@ class WeightPatch:
         return {name: delta.norm() for name, delta in self.deltas.items()}
 
     def apply(
-        self, handle: ModelHandle, mode: Mode = "merge", *, allow_missing_parents: bool = False
+        self, handle: ModelHandle, mode: Mode | None = None, *, allow_missing_parents: bool = False
     ) -> Applied:
         """Applies the patch until ``Applied.undo``.
 
         Args:
             handle: The model; its fingerprint must be ``base``.
             mode: ``"merge"`` adds to the weights (fp32, rounded once); ``"sidecar"`` adds beside them in the forward
-                pass, exact on half-precision and quantised bases.
+                pass, exact on half-precision and quantised bases. Without a word: beside such weights, into all others.
             allow_missing_parents: Apply although patches it was computed on top of are not applied.
 
         Raises:
             BaseMismatchError: Another base model.
             MissingParentsError: Parents are not applied.
-            PatchError: A delta does not fit.
+            PatchError: A delta does not fit, or is to be merged into a quantised weight.
         """
         return handle.stack.apply(self, mode, allow_missing_parents)
 
     @contextmanager
     def applied(
-        self, handle: ModelHandle, mode: Mode = "merge", *, allow_missing_parents: bool = False
+        self, handle: ModelHandle, mode: Mode | None = None, *, allow_missing_parents: bool = False
     ) -> Iterator[Applied]:
         """Applies the patch for the length of a ``with``; see ``apply``."""
         entry = self.apply(handle, mode, allow_missing_parents=allow_missing_parents)

@@ -43,7 +43,7 @@ def rowwise_obstacle(handle: ModelHandle, patches: Sequence[Any]) -> str:
                 return f"the delta of {name!r} is not low-rank"
     for name in names or ():
         path, _, leaf = name.rpartition(".")
-        shared = handle.named_weight(name).parameter is handle.module(Role.EMBED).get_parameter("weight")
+        shared = handle.named_weight(name).held is handle.module(Role.EMBED).get_parameter("weight")
         if leaf != "weight" or shared or isinstance(handle.model.get_submodule(path), nn.Embedding):
             return f"{name!r} is not the weight of a projection of its own"
     return ""

@@ -167,20 +167,47 @@ class PatchStack:
                     self._hook(entry)
                 self._attach_memories()
 
-    def apply(self, patch: WeightPatch, mode: Mode, allow_missing_parents: bool) -> Applied:
+    def apply(self, patch: WeightPatch, mode: Mode | None, allow_missing_parents: bool) -> Applied:
         """Applies a patch; on any error the model is as before.
 
         Raises:
             BaseMismatchError: The patch was made for another base.
             MissingParentsError: Its parents are not applied.
-            PatchError: A delta does not fit its weight.
+            PatchError: A delta does not fit its weight, or is to be merged into a quantised one.
             ConfigError: An unknown mode or parameter.
         """
-        if mode not in ("merge", "sidecar"):
+        if mode not in ("merge", "sidecar", None):
             raise ConfigError(f"unknown mode {mode!r}; use 'merge' or 'sidecar'")
         with self._handle.writing():
             self.check(patch, allow_missing_parents=allow_missing_parents)
-            return self._enter(Applied(patch, mode, self, patch.deltas))
+            chosen = self.best_mode(patch) if mode is None else mode
+            if chosen == "merge":
+                self._refuse_quantized(patch)
+            return self._enter(Applied(patch, chosen, self, patch.deltas))
+
+    def best_mode(self, patch: WeightPatch) -> Mode:
+        """How a patch goes on this model without loss: beside weights that are quantised or in half precision, else into them.
+
+        A patch of something that is no projection has to go into the weights.
+        """
+        weights = [self._handle.named_weight(name) for name in patch.deltas]
+        if any(weight.quantized for weight in weights):
+            return "sidecar"
+        embedding = self._handle.model.get_input_embeddings().weight
+        aside = all(
+            weight.held is not embedding and delta.dim == 2 and name.endswith(".weight")
+            for weight, (name, delta) in zip(weights, patch.deltas.items(), strict=True)
+        )
+        narrow = self._handle.dtype in (torch.float16, torch.bfloat16)
+        return "sidecar" if narrow and aside else "merge"
+
+    def _refuse_quantized(self, patch: WeightPatch) -> None:
+        for name in patch.deltas:
+            if self._handle.named_weight(name).quantized:
+                raise PatchError(
+                    f"the weight {name!r} of {self._handle.name!r} is quantised, so that merging would round the change away; "
+                    "apply the patch with mode='sidecar', or load the model without quantisation"
+                )
 
     def check(self, patch: WeightPatch, *, allow_missing_parents: bool = False) -> None:
         """Raises what ``apply`` would raise of a patch that does not belong on this model as it stands."""
@@ -274,7 +301,8 @@ class PatchStack:
     def _check_shapes(self, patch: WeightPatch) -> None:
         for name, delta in patch.deltas.items():
             weight = self._handle.named_weight(name)
-            expected = weight.shape if weight.parameter.dim() == 2 else tuple(weight.parameter.shape)
+            plain = not weight.quantized and weight.parameter.dim() != 2
+            expected = tuple(weight.parameter.shape) if plain else weight.shape
             if tuple(delta.shape) != expected:
                 raise PatchError(
                     f"the delta of {name!r} has shape {tuple(delta.shape)}, the weight has {expected}"
@@ -284,13 +312,16 @@ class PatchStack:
         """Writes pristine bits plus the merged deltas, in order, into every tensor that the changed entry touches."""
         for name in changed._deltas:
             weight = self._handle.named_weight(name)
+            if weight.quantized:
+                # Nothing is ever merged into it.
+                continue
             key = self._canonical_name(weight.parameter, name)
             merged = [
                 delta
                 for entry in self._entries
                 if entry.mode == "merge"
                 for other, delta in entry._deltas.items()
-                if other == name or self._handle.named_weight(other).parameter is weight.parameter
+                if other == name or self._handle.named_weight(other).held is weight.held
             ]
             if not merged and key not in self._pristine:
                 continue

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lab.errors import ConfigError, MissingDependencyError, NumericalError, PatchError
 from lab.model_state import ModelState, checksum, random_state
 from lab.patch import Delta, Dense, LowRank, Provenance, WeightPatch, library_versions
+from lab.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -126,6 +127,10 @@ def fit(
         )
     if lora is not None:
         _check_lora(lora)
+        if any(isinstance(module, QuantizedLinear) for module in handle.model.modules()):
+            raise ConfigError(
+                f"{handle.name!r} was quantised on loading, and peft knows no adapter for that; load it without quantize="
+            )
     chosen = _chosen(handle, weights or ())
     base, parents = handle.fingerprint, tuple(entry.patch.id for entry in handle.applied)
     with handle.writing(), random_state(seed), ModelState(handle).kept():

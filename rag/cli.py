@@ -69,6 +69,7 @@ def read(
     patch: opt.Patches = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     json: opt.Json = None,
 ) -> None:
     """Read documents with a question."""
@@ -85,7 +86,7 @@ def read(
     passages = [_passage(number, text) for number, text in enumerate(document or (), start=1)]
     from lab.cli.session import open_model
 
-    handle = open_model(model, patch, device=device, dtype=dtype)
+    handle = open_model(model, patch, device=device, dtype=dtype, quantize=quantize)
     reading = kind(handle, rule, max_new_tokens=max_new_tokens).read(question, passages)
     verdict = judge(handle, question, passages, chosen)
     out = console(json)

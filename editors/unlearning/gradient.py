@@ -131,6 +131,10 @@ def _check_facts(name: str, forget: Sequence[Fact], retain: Sequence[Fact], obje
 
 def _trained(handle: ModelHandle, layers: Sequence[int]) -> list[str]:
     """Names of all floating-point parameters, or of those in some blocks; a tied one comes once."""
+    if handle.quantized:
+        raise ConfigError(
+            f"{handle.name!r} is quantised, so that most of its weights cannot be trained; load it without quantisation"
+        )
     blocks = [handle.module(Role.BLOCK, layer) for layer in layers]
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     names = []

@@ -42,6 +42,7 @@ def ask(
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     json: opt.Json = None,
 ) -> None:
     """Ask a model, with any patches applied."""
@@ -53,7 +54,7 @@ def ask(
     from lab.atlas.weights import MODEL_NAMES
     from lab.cli.session import open_model
 
-    handle = open_model(model, patch, device=device, dtype=dtype)
+    handle = open_model(model, patch, device=device, dtype=dtype, quantize=quantize)
     layout = load_format()
     asked = form == "qa" or (form == "auto" and model in MODEL_NAMES and question.rstrip().endswith("?"))
     prompt = layout.render("qa", question=question.strip()).prompt if asked else question

@@ -42,6 +42,15 @@ Dtype = Annotated[
         "--dtype", help="Floating type of the weights: float32, bfloat16, ...", rich_help_panel=MODEL_PANEL
     ),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        help="Hold the projections as whole numbers: int8 or int4. Patches then go beside them.",
+        rich_help_panel=MODEL_PANEL,
+        show_default="none",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", rich_help_panel=RUN_PANEL)]
 Limit = Annotated[
     int | None,

@@ -106,6 +106,7 @@ def verify(
     patch: opt.Patches = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     json: opt.Json = None,
 ) -> None:
     """Prove on a model that a patch is intact, belongs to it, changes it, and comes off without a trace.
@@ -116,16 +117,18 @@ def verify(
     """
     from lab.patch import WeightPatch
 
-    handle, change = _open(folder, model, patch, device, dtype)
+    handle, change = _open(folder, model, patch, device, dtype, quantize)
     state, bits = handle.state, handle.weights_digest()
-    with change.applied(handle):
+    with change.applied(handle) as entry:
         changed = handle.weights_digest() != bits
     checks = {"intact": True, "base": True}
-    # A memory stands beside the weights and must leave them alone; a weight patch that changes none is an empty one.
-    if isinstance(change, WeightPatch):
+    # What stands beside the weights must leave them alone; a weight patch that changes none is an empty one.
+    if entry.mode == "merge":
         checks["changes_weights"] = changed
     else:
         checks["leaves_weights"] = not changed
+    if isinstance(change, WeightPatch) and entry.mode == "sidecar":
+        checks["changes_outputs"] = any(change.norms().values())
     checks["undo.bit_identical"] = handle.weights_digest() == bits and handle.state == state
     console(json).print(table(f"{folder} on {model}", ("check", "holds"), list(checks.items())))
     content = {
@@ -208,7 +211,7 @@ def export(
     from lab.files import write_folder
     from lab.patch import WeightPatch
 
-    handle, change = _open(folder, model, None, device, dtype)
+    handle, change = _open(folder, model, None, device, dtype, None)
     if not isinstance(change, WeightPatch):
         raise PatchError(f"{folder} is a {type(change).__name__}; this command needs a patch of weights")
     errors: dict[str, float] = {}
@@ -223,14 +226,14 @@ def export(
 
 
 def _open(
-    folder: Path, model: str, patches: list[Path] | None, device: str, dtype: str
+    folder: Path, model: str, patches: list[Path] | None, device: str, dtype: str, quantize: str | None
 ) -> tuple[ModelHandle, WeightPatch | MemoryPatch]:
     from lab.cli.session import open_model
     from lab.memory import MemoryPatch
     from lab.patch import WeightPatch
     from lab.patch_io import read_patch
 
-    handle = open_model(model, patches, device=device, dtype=dtype)
+    handle = open_model(model, patches, device=device, dtype=dtype, quantize=quantize)
     change = read_patch(folder, handle)
     if not isinstance(change, (WeightPatch, MemoryPatch)):
         raise PatchError(f"{folder} is a {type(change).__name__}; this command needs a patch of our own")

@@ -13,12 +13,17 @@ if TYPE_CHECKING:
 
 
 def open_model(
-    name: str, patches: Sequence[Path] | None = None, *, device: str = "cpu", dtype: str = "float32"
+    name: str,
+    patches: Sequence[Path] | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    quantize: str | None = None,
 ) -> ModelHandle:
     """Loads a model and applies patches to it for the rest of the process.
 
-    A half-precision base takes its patches beside the weights, because adding a small change to them would round most of
-    it away.
+    A half-precision or quantised base takes its patches beside the weights (``WeightPatch.apply``), because adding a small
+    change to them would round most of it away.
 
     Raises:
         ConfigError: The model, device or dtype does not exist here.
@@ -27,7 +32,6 @@ def open_model(
     import torch
 
     from lab.handle import ModelHandle
-    from lab.patch import WeightPatch
     from lab.patch_io import read_patch
 
     try:
@@ -37,14 +41,9 @@ def open_model(
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r} is not available here: torch sees no CUDA device")
     quiet_libraries()
-    handle = ModelHandle.load(name, dtype=dtype, device=place)
-    narrow = handle.dtype in (torch.float16, torch.bfloat16)
+    handle = ModelHandle.load(name, dtype=dtype, device=place, quantize=quantize)
     for folder in patches or ():
-        patch = read_patch(folder, handle)
-        if isinstance(patch, WeightPatch):
-            patch.apply(handle, "sidecar" if narrow else "merge")
-        else:
-            patch.apply(handle)
+        read_patch(folder, handle).apply(handle)
     return handle
 
 

@@ -89,12 +89,13 @@ def trace(
     seed: opt.Seed = 0,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
+    quantize: opt.Quantize = None,
     json: opt.Json = None,
 ) -> None:
     """Trace where an answer comes from, or what a patch does to the attention."""
     from lab.cli.session import open_model
 
-    handle = open_model(model, patch, device=device, dtype=dtype)
+    handle = open_model(model, patch, device=device, dtype=dtype, quantize=quantize)
     screen = console(json)
     content: dict[str, Any] = {"model": model, "prompt": prompt, "subject": subject, "png": png}
     if drift is not None:

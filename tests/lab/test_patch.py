@@ -164,7 +164,7 @@ def test_failed_apply_leaves_the_model_alone() -> None:
     huge = WeightPatch(
         handle.fingerprint, {weight.name: Dense(torch.full(weight.shape, 1e38))}, Provenance("test")
     )
-    with pytest.raises(NumericalError), huge.scaled(2.0).applied(handle):
+    with pytest.raises(NumericalError), huge.scaled(2.0).applied(handle, "merge"):
         pass
     assert handle.weights_digest() == digest and handle.applied == ()
     odd = WeightPatch(handle.fingerprint, {weight.name: Dense(torch.zeros(3, 3))}, Provenance("test"))
@@ -217,7 +217,7 @@ def test_sidecar_keeps_what_a_bf16_merge_rounds_away() -> None:
     weight = handle.weight(Role.MLP_OUT, 1)
     before = weight.canonical().float().clone()
     wanted = patch.deltas[weight.name].dense()
-    with patch.applied(handle):
+    with patch.applied(handle, "merge"):
         realised = weight.canonical().float() - before
     assert (realised - wanted).norm() / wanted.norm() > 0.1
     with patch.applied(handle, "sidecar"):
