@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from lab.errors import ConfigError
 from lab.records import Passage, Trust
@@ -107,9 +107,14 @@ class Chunk:
         text = f"{self.text} ({self.note})" if self.note else self.text
         return Passage(self.id, " ".join(text.split()), self.source, self.trust)
 
-    def reworded(self, text: str, **changes: object) -> Chunk:
-        """The chunk with another text, hence another id; ``changes`` are further fields."""
-        return replace(self, id=chunk_id(self.source, text), text=text, **changes)  # type: ignore[arg-type]
+    def reworded(self, text: str, **changes: Any) -> Chunk:
+        """The chunk with another text, hence another id; ``changes`` are further fields.
+
+        ``extra["replaces"]`` names the chunk whose place it takes: a document that is read again and still holds the old text
+        keeps the new one.
+        """
+        extra = {**self.extra, **changes.pop("extra", {}), "replaces": self.extra.get("replaces", self.id)}
+        return replace(self, id=chunk_id(self.source, text), text=text, extra=extra, **changes)
 
 
 @dataclass(frozen=True)
