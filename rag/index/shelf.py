@@ -147,7 +147,8 @@ def _records(chunks: Sequence[Chunk], vectors: np.ndarray) -> dict[str, Any]:
 def _chunks(rows: Mapping[str, Any]) -> list[Chunk]:
     found = []
     for id, text, metadata in zip(rows["ids"], rows["documents"], rows["metadatas"], strict=True):
-        named = {key: metadata[key] for key in _NAMED} | {"trust": metadata["trust"] or None}
+        named: dict[str, Any] = {key: metadata[key] for key in _NAMED}
+        named["trust"] = named["trust"] or None
         extra = {key: value for key, value in metadata.items() if key not in _NAMED}
         found.append(Chunk(id, text, extra=extra, **named))
     return found
