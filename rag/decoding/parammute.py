@@ -1,8 +1,10 @@
 """Muting memory while reading: the MLPs that push the model's own answer are scaled down (ParamMute, NeurIPS 2025).
 
 The gated product of an MLP, which its down projection reads, is multiplied by a factor λ in some layers; 0 mutes them, 1 leaves
-them as they are, more amplifies memory. The paper finds the layers by how much more they are active before unfaithful answers; here
-their effect is measured: how much less likely memory's answer becomes, below the documents, when one layer alone is scaled.
+them as they are, more amplifies memory. The paper finds the layers by how much more they are active before unfaithful answers;
+here their effect is measured: how much less likely memory's answer becomes, below the documents, when one layer alone is scaled.
+That does not tell a layer that pushes memory from one that everything needs: a small factor can break a small model, and notes
+suffer before answers do.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_a_reader_mutes_and_puts_back(reader):
     if weights_path("atlas") is None:
         pytest.skip("the weights of atlas are not part of this installation")
     handle = ModelHandle.load("atlas")
-    cases = conflicts(8)
+    cases = conflicts(16, seed=5)
     items = [(case.question, [case.document]) for case in cases]
     digest = handle.weights_digest()
 
@@ -115,8 +115,9 @@ def test_a_reader_mutes_and_puts_back(reader):
             for side in ("known", "told")
         ]
 
-    (plain_known, plain_told), (quiet_known, quiet_told) = shares("greedy"), shares("parammute:scale=0")
-    print(reader, plain_known, plain_told, quiet_known, quiet_told)
+    (plain_known, plain_told), (quiet_known, quiet_told) = shares("greedy"), shares("parammute")
     assert quiet_known < plain_known
-    assert quiet_told >= plain_told
+    if reader == "direct":
+        # Notes are muted too and get worse, so only the direct reader gains what memory loses.
+        assert quiet_told > plain_told
     assert handle.weights_digest() == digest and hooks(handle) == 0
