@@ -1,4 +1,4 @@
-"""Commands that answer with documents: ``read``."""
+"""Commands that answer with documents: ``read``, and the group ``index`` from ``rag.index_cli``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import typer
 from lab.cli import options as opt
 from lab.cli.output import console, table, write_json
 from lab.errors import ConfigError, DataError
+from rag.index_cli import app as index_app
 
 if TYPE_CHECKING:
     from lab.records import Passage, Trust
     from rag.verdict import Policy
 
 app = typer.Typer()
+app.add_typer(index_app, name="index")
 
 READ_PANEL = "Reading"
 
@@ -31,6 +33,8 @@ Examples:
     knowlab read "What is the capital of France?" --document "The capital of France is Rome."
 
     knowlab read "Who wrote it?" -d report.txt -d verified:note.txt --decoding cad:alpha=0.5 --policy trust
+
+    knowlab read "What is the capital of France?" --index store --k 3
 """
 
 
@@ -48,6 +52,18 @@ def read(
             show_default=False,
         ),
     ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(
+            "--index",
+            help="Index folder whose best chunks are read after the documents; see `knowlab index add`.",
+            rich_help_panel=READ_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    k: Annotated[
+        int, typer.Option("--k", min=1, help="How many chunks of the index.", rich_help_panel=READ_PANEL)
+    ] = 5,
     reader: Annotated[
         str, typer.Option("--reader", help="See `knowlab list readers`.", rich_help_panel=READ_PANEL)
     ] = "con",
@@ -55,7 +71,7 @@ def read(
         str,
         typer.Option(
             "--decoding",
-            help="greedy, cad, adacad, coiecd or ck_plug, with settings as in `cad:alpha=0.5`.",
+            help="greedy, cad, adacad, coiecd, ck_plug or parammute, with settings as in `cad:alpha=0.5`.",
             rich_help_panel=READ_PANEL,
         ),
     ] = "greedy",
@@ -84,11 +100,18 @@ def read(
         raise ConfigError("the question is empty")
     rule, kind = get_rule(decoding), READERS.get(reader)
     passages = [_passage(number, text) for number, text in enumerate(document or (), start=1)]
+    if index is not None:
+        from rag.index import open_index
+
+        with open_index(index) as opened:
+            passages += [found.chunk.passage for found in opened.search(question, k)]
     from lab.cli.session import open_model
 
     handle = open_model(model, patch, device=device, dtype=dtype, quantize=quantize)
-    reading = kind(handle, rule, max_new_tokens=max_new_tokens).read(question, passages)
-    verdict = judge(handle, question, passages, chosen)
+    asked = kind(handle, rule, max_new_tokens=max_new_tokens)
+    with asked.holding():
+        reading = asked.read(question, passages)
+        verdict = judge(handle, question, passages, chosen)
     out = console(json)
     out.print(f"The model answers: {reading.answer}", markup=False)
     if reading.notes:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lab.atlas.forms import Format, Note, load_format
 from lab.data.text import normalize_answer
+from lab.errors import RequestError
 from lab.handle import cut_at_stop
 from lab.records import Passage
 from lab.tokens import encode_ids
@@ -35,11 +36,24 @@ class Prompts(ABC):
         unknown: What the model says when it does not know.
         stop: What ends an answer.
         note_stop: What ends notes with their answer.
+        chat_stop: What ends a turn of a conversation.
     """
 
     unknown: str
     stop: tuple[str, ...]
     note_stop: tuple[str, ...]
+    chat_stop: tuple[str, ...]
+
+    @abstractmethod
+    def chat(self, turns: Sequence[tuple[str, str]]) -> str:
+        """A conversation, ready for the model's turn.
+
+        Args:
+            turns: Role (``system``, ``user`` or ``assistant``) and text of each turn, at least one of them the user's.
+
+        Raises:
+            RequestError: The model cannot be shown such a conversation.
+        """
 
     @abstractmethod
     def closed(self, question: str) -> str:
@@ -84,7 +98,13 @@ class FormatPrompts(Prompts):
     def __init__(self, format: Format) -> None:
         self.format = format
         self.unknown = format.unknown
-        self.stop = self.note_stop = format.stop
+        self.stop = self.note_stop = self.chat_stop = format.stop
+
+    def chat(self, turns: Sequence[tuple[str, str]]) -> str:
+        """See ``Prompts``; the format has no turns, so the last question is asked below what the system says."""
+        question = [text for role, text in turns if role == "user"][-1]
+        told = " ".join(text for role, text in turns if role == "system")
+        return self.format.render("qa", question=question, **({"instruction": told} if told else {})).prompt
 
     def closed(self, question: str) -> str:
         """See ``Prompts``."""
@@ -138,6 +158,14 @@ class PlainPrompts(Prompts):
         self.unknown = "unknown"
         self.stop = ("\n",)
         self.note_stop = ()
+        self.chat_stop = () if tokenizer.chat_template else ("\nUser:",)
+
+    def chat(self, turns: Sequence[tuple[str, str]]) -> str:
+        """See ``Prompts``; a transcript where the model has no chat template."""
+        if self.tokenizer.chat_template:
+            return self._templated([{"role": role, "content": text} for role, text in turns])
+        lines = [text if role == "system" else f"{role.capitalize()}: {text}" for role, text in turns]
+        return "\n".join([*lines, "Assistant:"])
 
     def closed(self, question: str) -> str:
         """See ``Prompts``."""
@@ -205,11 +233,17 @@ class PlainPrompts(Prompts):
     def _turn(self, body: str) -> str:
         if not self.tokenizer.chat_template:
             return f"{body}\n"
-        turn = str(
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": body}], tokenize=False, add_generation_prompt=True
+        return self._templated([{"role": "user", "content": body}])
+
+    def _templated(self, messages: list[dict[str, str]]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            turn = str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             )
-        )
+        except TemplateError as error:
+            raise RequestError(f"the model's chat template refuses the conversation: {error}") from error
         start = self.tokenizer.bos_token
         # Encoding adds the start token again.
         if start and encode_ids(self.tokenizer, "a")[0] == self.tokenizer.bos_token_id:

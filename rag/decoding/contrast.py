@@ -112,15 +112,11 @@ def contrast_generate(
             f"max_new_tokens and batch_size must be at least 1, they are {max_new_tokens} and {batch_size}"
         )
     texts = [""] * len(with_context)
-    with handle.reading():
-        told, bare = (_ids(handle, handle.rewrite(prompts)) for prompts in (with_context, without))
+    with rule.active(handle), handle.reading():
+        told, bare = (prompt_ids(handle, prompts) for prompts in (with_context, without))
         limit = position_limit(handle)
         for number, pair in enumerate(zip(told, bare, strict=True)):
-            if max(map(len, pair)) >= limit:
-                raise RequestError(
-                    f"prompt {number} has {max(map(len, pair))} tokens and the model {handle.name!r} reads {limit} with the "
-                    "answer; give shorter or fewer documents"
-                )
+            check_room(handle, number, max(map(len, pair)))
         order = sorted(range(len(texts)), key=lambda index: (len(told[index]), index))
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
@@ -132,10 +128,21 @@ def contrast_generate(
     return texts
 
 
-def _ids(handle: ModelHandle, prompts: Sequence[str]) -> list[list[int]]:
+def prompt_ids(handle: ModelHandle, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts as they are fed; a prompt without tokens becomes one start (or padding) token."""
     start = handle.tokenizer.bos_token_id
     empty = [start if isinstance(start, int) else handle.pad_id]
-    return [encode_ids(handle.tokenizer, prompt) or empty for prompt in prompts]
+    return [encode_ids(handle.tokenizer, prompt) or empty for prompt in handle.rewrite(prompts)]
+
+
+def check_room(handle: ModelHandle, number: int, length: int) -> None:
+    """Raises ``RequestError`` where a prompt of ``length`` tokens leaves no position for an answer."""
+    limit = position_limit(handle)
+    if length >= limit:
+        raise RequestError(
+            f"prompt {number} has {length} tokens and the model {handle.name!r} reads {limit} with the "
+            "answer; give shorter or fewer documents"
+        )
 
 
 def position_limit(handle: ModelHandle) -> int:

@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,22 @@ class Rule(ABC):
         paper: Where it comes from.
         cost: What it costs beside plain decoding.
         uses_memory: Whether it looks at the stream without documents.
+        changes_model: Whether the model computes otherwise while it decodes; then nobody else may use it meanwhile.
     """
 
     title: ClassVar[str]
     paper: ClassVar[str]
     cost: ClassVar[str] = "two rows a step"
     uses_memory: ClassVar[bool] = True
+    changes_model: ClassVar[bool] = False
+
+    def settled(self, handle: ModelHandle, with_context: Sequence[str], without: Sequence[str]) -> Rule:
+        """The rule with everything chosen that it measures on the model, from prompts with documents and without."""
+        return self
+
+    def active(self, handle: ModelHandle) -> AbstractContextManager[None]:
+        """What the model does differently while the rule decodes; nothing is left behind."""
+        return nullcontext()
 
     @abstractmethod
     def combine(self, c: Tensor, u: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ DECODERS: Registry[type[Rule]] = Registry(
         "adacad": "rag.decoding.rules:AdaCAD",
         "coiecd": "rag.decoding.rules:COIECD",
         "ck_plug": "rag.decoding.rules:CKPlug",
+        "parammute": "rag.decoding.parammute:ParamMute",
     },
     group="knowlab.decoders",
 )

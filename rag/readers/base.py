@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -93,7 +95,22 @@ class Reader(ABC):
         for number, (question, _) in enumerate(items):
             if not question.strip():
                 raise RequestError(f"question {number} is empty")
-        return self._read([(question.strip(), passages) for question, passages in items])
+        asked = [(question.strip(), passages) for question, passages in items]
+        if not self.rule.changes_model:
+            return self._read(asked)
+        with self.handle.writing():
+            # What is measured for these questions holds for them alone.
+            settled = copy.copy(self)
+            settled.rule = self.rule.settled(
+                self.handle,
+                [self.prompts.direct(*item) for item in asked],
+                [self.prompts.closed(question) for question, _ in asked],
+            )
+            return settled._read(asked)
+
+    def holding(self) -> AbstractContextManager[None]:
+        """Held around several readings that must see the same weights."""
+        return self.handle.writing() if self.rule.changes_model else self.handle.reading()
 
     @abstractmethod
     def _read(self, items: Sequence[Item]) -> list[Reading]:

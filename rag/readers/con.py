@@ -19,7 +19,7 @@ _TOKENS_PER_NOTE = 40
 class NotesReader(Reader):
     """Notes that call each document direct, contextual or irrelevant, then the answer.
 
-    Notes are always decoded plainly. A contrasting rule decodes the answer alone, after the finished notes and against the bare
+    Notes are decoded in one stream. A contrasting rule decodes the answer alone, after the finished notes and against the bare
     question: before that point the two streams would have to share notes on documents that one of them lacks. A model whose
     notes hold no answer is asked again without notes.
     """
@@ -54,7 +54,7 @@ class NotesReader(Reader):
             self.handle,
             prompts,
             prompts,
-            Greedy(),
+            Greedy() if self.rule.uses_memory else self.rule,
             max_new_tokens=self.max_new_tokens + _TOKENS_PER_NOTE * longest,
             stop=self.prompts.note_stop,
         )
