@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from lab.errors import ConfigError
 from lab.records import Passage, Trust
@@ -26,8 +26,9 @@ Value = Scalar | tuple[str, ...]
 Where = Mapping[str, Scalar | Collection[Scalar] | None]
 """A condition on chunks: every named field (``source``, ``position``, ``trust``, ``status``, ``note``, ``id`` or a key of ``extra``) has
 the value, or one of the values where several are given; ``None`` asks for a field that is empty or absent. A field that holds several
-values fits where one of them does."""
+values fits where one of them does. ``contains`` asks for a text, case aside, that the chunk's text holds."""
 
+CONTAINS = "contains"
 FIELDS = ("id", "text", "source", "position", "trust", "status", "note")
 
 
@@ -88,7 +89,7 @@ class Chunk:
         # A copy, lists as tuples: nobody else holds what a frozen value is made of.
         kept: dict[str, Value] = {}
         for key, value in self.extra.items():
-            if not key or key in FIELDS:
+            if not key or key in FIELDS or key == CONTAINS:
                 raise ConfigError(f"chunk {self.id}: {key!r} cannot name an extra field")
             if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
                 kept[key] = tuple(value)
@@ -107,9 +108,14 @@ class Chunk:
         text = f"{self.text} ({self.note})" if self.note else self.text
         return Passage(self.id, " ".join(text.split()), self.source, self.trust)
 
-    def reworded(self, text: str, **changes: object) -> Chunk:
-        """The chunk with another text, hence another id; ``changes`` are further fields."""
-        return replace(self, id=chunk_id(self.source, text), text=text, **changes)  # type: ignore[arg-type]
+    def reworded(self, text: str, **changes: Any) -> Chunk:
+        """The chunk with another text, hence another id; ``changes`` are further fields.
+
+        ``extra["replaces"]`` names the chunk whose place it takes: a document that is read again and still holds the old text
+        keeps the new one.
+        """
+        extra = {**self.extra, **changes.pop("extra", {}), "replaces": self.extra.get("replaces", self.id)}
+        return replace(self, id=chunk_id(self.source, text), text=text, extra=extra, **changes)
 
 
 @dataclass(frozen=True)
@@ -163,16 +169,32 @@ class DocumentStore(Protocol):
 def fits(chunk: Chunk, where: Where | None) -> bool:
     """Whether a chunk meets a condition; see ``Where``."""
     for key, wanted in (where or {}).items():
+        if key == CONTAINS:
+            text = chunk.text.lower()
+            if not any(str(part).lower() in text for part in choices(wanted)):
+                return False
+            continue
         held = getattr(chunk, key) if key in FIELDS else chunk.extra.get(key)
         if wanted is None:
             if held not in (None, ""):
                 return False
             continue
-        values = set(held) if isinstance(held, tuple) else {held}
-        choices = {wanted} if isinstance(wanted, (str, int, float, bool)) else set(wanted)
-        if values.isdisjoint(choices):
+        values = {_typed(item) for item in (held if isinstance(held, tuple) else (held,))}
+        if values.isdisjoint(_typed(item) for item in choices(wanted)):
             return False
     return True
+
+
+def choices(wanted: Scalar | Collection[Scalar] | None) -> tuple[Scalar, ...]:
+    """The values of which a condition asks for one."""
+    if wanted is None:
+        return ()
+    return (wanted,) if isinstance(wanted, (str, int, float, bool)) else tuple(wanted)
+
+
+def _typed(value: Value | None) -> tuple[bool, Value | None]:
+    # Python takes True for 1; a field that holds a number holds no truth value.
+    return isinstance(value, bool), value
 
 
 def retrievable(where: Where | None) -> Where:

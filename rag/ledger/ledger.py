@@ -290,15 +290,17 @@ class Ledger:
             outcome = self._transact(self.planner.toggle("rollback", states, None, None), None, None, ())
             return replace(outcome, entry=number, stale=self._stale((number,)))
 
-    def put(self, chunks: Sequence[Chunk]) -> Outcome:
-        """Takes documents in; entries in force treat them like those that were there before."""
+    def put(self, chunks: Sequence[Chunk], drop: Sequence[str] = ()) -> Outcome:
+        """Takes documents in, and removes those with the ids ``drop``, in one transaction.
+
+        Entries in force treat them like those that were there before.
+        """
         with self._changing():
-            return self._transact(self.planner.put("put", chunks), None, None, ())
+            return self._transact(self.planner.put(chunks, drop), None, None, ())
 
     def remove(self, ids: Sequence[str]) -> Outcome:
         """Removes documents, and what entries made of them."""
-        with self._changing():
-            return self._transact(self.planner.remove(ids), None, None, ())
+        return self.put((), ids)
 
     @property
     def documents(self) -> LedgerDocuments:

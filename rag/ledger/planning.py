@@ -79,8 +79,8 @@ class Planner:
         present = [chunk.id for chunk in self.store.chunks(ids=sorted(touched))]
         return self._images(plan, {id: originals[id] for id in present}, everything, entries)
 
-    def put(self, kind: str, chunks: Sequence[Chunk]) -> Plan:
-        """A plan that takes chunks in as they are given, under all entries that are or may come in force."""
+    def put(self, chunks: Sequence[Chunk], drop: Sequence[str] = ()) -> Plan:
+        """A plan that takes chunks in as they are given, under all entries that are or may come in force, and removes others."""
         entries = {entry.id: entry for entry in self.rows.entries()}
         effects: list[Effect] = []
         for entry in entries.values():
@@ -89,13 +89,11 @@ class Planner:
         kept = {effect.chunk for effect in effects}
         given = {chunk.id: chunk for chunk in chunks}
         originals = {id: chunk if id in kept else None for id, chunk in given.items()}
-        plan = Plan(kind, {}, originals, tuple(effects), tuple(given))
-        return self._images(plan, given, effects, entries)
-
-    def remove(self, ids: Sequence[str]) -> Plan:
-        """A plan that removes chunks and what entries made of them."""
-        plan = Plan("remove", {}, dict.fromkeys(ids), (), tuple(ids))
-        return self._images(plan, dict.fromkeys(ids), [], {})
+        gone = dict.fromkeys(id for id in drop if id not in given)
+        plan = Plan(
+            "put" if chunks else "remove", {}, {**originals, **gone}, tuple(effects), (*given, *gone)
+        )
+        return self._images(plan, {**given, **gone}, effects, entries)
 
     def screen(self) -> Plan | None:
         """A plan for documents that came into the store past the ledger, or were changed there; ``None`` where all is as it should be."""

@@ -223,7 +223,7 @@ def view(original: Chunk, effects: Sequence[Effect], entries: Mapping[int, Entry
         shown,
         id=chunk_id(f"{original.source}#{original.id}", text),
         text=text,
-        extra={**original.extra, REWRITTEN_FROM: original.id},
+        extra={**original.extra, REWRITTEN_FROM: original.id, "replaces": original.id},
     )
     return {original.id: replace(original, status="stale"), made.id: made}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -85,7 +85,7 @@ class HandleWeights:
                 self._replay(list(before), {})
                 raise
 
-    def _replay(self, wanted: Sequence[Path], fresh: dict[Path, object]) -> None:
+    def _replay(self, wanted: Sequence[Path], fresh: Mapping[Path, object]) -> None:
         # Sums of many patches depend on their order in the last bit, and a restart applies them in the order of the ledger.
         from lab.patch_io import read_patch
 
