@@ -1,4 +1,4 @@
-"""Commands that answer with documents: ``read``, ``ledger`` and ``serve``."""
+"""Commands that answer with documents: ``read``, ``ledger``, ``guard`` and ``serve``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from lab.cli import options as opt
 from lab.cli.output import console, table, write_json
 from lab.errors import ConfigError, DataError
-from rag import cli_ledger
+from rag import cli_guard, cli_ledger
 
 if TYPE_CHECKING:
     from lab.records import Passage, Trust
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 app.add_typer(cli_ledger.app)
+app.add_typer(cli_guard.app)
 
 READ_PANEL = "Reading"
 

@@ -316,7 +316,8 @@ def _policy(name: str) -> Any:
 @app.command()
 def serve(
     host: Annotated[
-        str, typer.Option("--host", help="Where to listen; only this machine by default.", rich_help_panel=PANEL)
+        str,
+        typer.Option("--host", help="Where to listen; only this machine by default.", rich_help_panel=PANEL),
     ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", rich_help_panel=PANEL)

@@ -108,11 +108,15 @@ def create_app(
         ConfigError: Others can reach the host, and there is no token; or the token is shorter than 16 characters.
     """
     if not is_loopback(host) and not token:
-        raise ConfigError(f"others can reach {host!r}: give a token for the verbs that write, or listen on 127.0.0.1")
+        raise ConfigError(
+            f"others can reach {host!r}: give a token for the verbs that write, or listen on 127.0.0.1"
+        )
     if token is not None and len(token) < 16:
         raise ConfigError("a token needs 16 characters or more")
     key = Key(token)
-    app = FastAPI(title="KnowLab", description="Ask a model with and without documents, change what it knows, undo.")
+    app = FastAPI(
+        title="KnowLab", description="Ask a model with and without documents, change what it knows, undo."
+    )
     app.add_middleware(BodyLimit, limit=MAX_BODY)
     if is_loopback(host):
         # A page elsewhere that resolves its own name to this machine does not get in.
@@ -183,5 +187,11 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(KnowLabError)
     def refused(_: Request, error: KnowLabError) -> JSONResponse:
-        code = 409 if isinstance(error, BusyError) else 422 if isinstance(error, (RequestError, ConfigError)) else 500
+        code = (
+            409
+            if isinstance(error, BusyError)
+            else 422
+            if isinstance(error, (RequestError, ConfigError))
+            else 500
+        )
         return JSONResponse({"error": " ".join(str(error).split())}, code)

@@ -70,8 +70,12 @@ def build_page(service: Service, key: Key) -> Any:
             "your documents first. Then change a fact and ask again."
         )
         with gr.Row():
-            question = gr.Textbox(label="Your question", placeholder="What is the capital of France?", scale=4)
-            policy = gr.Dropdown(_POLICIES, value="context", label="Whom to believe when they disagree", scale=2)
+            question = gr.Textbox(
+                label="Your question", placeholder="What is the capital of France?", scale=4
+            )
+            policy = gr.Dropdown(
+                _POLICIES, value="context", label="Whom to believe when they disagree", scale=2
+            )
         ask = gr.Button("Ask", variant="primary")
         with gr.Row(equal_height=False):
             with gr.Column(min_width=280):
@@ -82,7 +86,10 @@ def build_page(service: Service, key: Key) -> Any:
                 documents = gr.HTML('<p class="quiet">Ask something first.</p>')
         details = gr.HTML()
         password = gr.Textbox(
-            label="Key for changes", type="password", visible=key.needed, placeholder="asked for by whoever runs this"
+            label="Key for changes",
+            type="password",
+            visible=key.needed,
+            placeholder="asked for by whoever runs this",
         )
         with gr.Accordion("Change a fact", open=True):
             with gr.Row():
@@ -175,7 +182,9 @@ def _ingest(service: Service, name: str, text: str) -> str:
 def _details(read: dict[str, Any]) -> str:
     notes = {note["document"]: note for note in read["notes"]}
     rows = []
-    for number, (passage, voice) in enumerate(zip(read["passages"], read["verdict"]["context"], strict=True), start=1):
+    for number, (passage, voice) in enumerate(
+        zip(read["passages"], read["verdict"]["context"], strict=True), start=1
+    ):
         note = notes.get(number)
         kind = _KIND.get(note["kind"], "") if note else ""
         noted = f"{note['text']} ({kind})" if note else ""
@@ -185,7 +194,9 @@ def _details(read: dict[str, Any]) -> str:
     remark = ""
     if ledger is not None:
         now = f"now {ledger['answer']}" if ledger["op"] == "edit" else "to be forgotten"
-        remark = _line(f"This fact was changed here (number {ledger['entry']}): it was {ledger['before']}, it is {now}.")
+        remark = _line(
+            f"This fact was changed here (number {ledger['entry']}): it was {ledger['before']}, it is {now}."
+        )
     if not rows:
         return remark + _line("No document was found for this question.")
     head = "".join(f"<th>{title}</th>" for title in ("Document", "Text", "The model's note", "It says"))

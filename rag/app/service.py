@@ -80,7 +80,9 @@ class Service:
         if not question:
             raise RequestError("the question is empty")
         if len(question) > MAX_QUESTION:
-            raise RequestError(f"the question has {len(question)} characters; ask with at most {MAX_QUESTION}")
+            raise RequestError(
+                f"the question has {len(question)} characters; ask with at most {MAX_QUESTION}"
+            )
         if mode not in ("memory", "documents"):
             raise ConfigError(f"unknown mode {mode!r}; use memory or documents")
         if policy not in (*POLICIES, "ledger"):
@@ -164,7 +166,9 @@ class Service:
         old = [chunk.id for chunk in self.ledger.documents.chunks(where={"source": source})]
         gone = [id for id in old if id not in kept]
         outcome = self.ledger.put(chunks, gone)
-        hidden = [id for id in outcome.changed if (held := self.store.chunks([id])) and held[0].status != "live"]
+        hidden = [
+            id for id in outcome.changed if (held := self.store.chunks([id])) and held[0].status != "live"
+        ]
         return {"name": source, "chunks": len(chunks), "hidden": hidden, "removed": len(gone)}
 
     def health(self) -> dict[str, Any]:

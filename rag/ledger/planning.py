@@ -90,9 +90,7 @@ class Planner:
         given = {chunk.id: chunk for chunk in chunks}
         originals = {id: chunk if id in kept else None for id, chunk in given.items()}
         gone = dict.fromkeys(id for id in drop if id not in given)
-        plan = Plan(
-            "put" if chunks else "remove", {}, {**originals, **gone}, tuple(effects), (*given, *gone)
-        )
+        plan = Plan("put" if chunks else "remove", {}, {**originals, **gone}, tuple(effects), (*given, *gone))
         return self._images(plan, {**given, **gone}, effects, entries)
 
     def screen(self) -> Plan | None:

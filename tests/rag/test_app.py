@@ -28,7 +28,9 @@ def served(atlas, tmp_path, monkeypatch):
     handle = ModelHandle.load("atlas")
     weight = handle.weight(Role.MLP_OUT, 1)
     generator = torch.Generator().manual_seed(3)
-    left, right = (torch.randn(size, generator=generator) for size in ((weight.shape[0], 1), (1, weight.shape[1])))
+    left, right = (
+        torch.randn(size, generator=generator) for size in ((weight.shape[0], 1), (1, weight.shape[1]))
+    )
 
     def maker(handle, method, fact, new, **_):
         return lambda: WeightPatch(
@@ -52,12 +54,17 @@ def client(served):
 def test_the_whole_story(served, client):
     digest = served.handle.weights_digest()
     assert client.get("/health").json()["status"] == "ok"
-    told = client.post("/ingest", json={"name": "a/b.txt", "text": "The capital of France is Paris.\n\nHello there."})
+    told = client.post(
+        "/ingest", json={"name": "a/b.txt", "text": "The capital of France is Paris.\n\nHello there."}
+    )
     assert told.json() == {"name": "a/b.txt", "chunks": 2, "hidden": [], "removed": 0}
     first = client.post("/ask", json={"question": QUESTION}).json()
     assert {"answer", "verdict", "notes", "passages"} <= set(first)
     assert {"memory", "context", "ledger", "winner", "policy"} <= set(first["verdict"])
-    assert first["passages"][0]["text"] == "The capital of France is Paris." and first["verdict"]["ledger"] is None
+    assert (
+        first["passages"][0]["text"] == "The capital of France is Paris."
+        and first["verdict"]["ledger"] is None
+    )
     edit = client.post("/edit", json={"subject": "France", "relation": "capital", "new": "Rome"}).json()
     assert edit["done"] and len(edit["conflicts"]) == 1 and edit["question"] == QUESTION
     second = client.post("/ask", json={"question": QUESTION, "policy": "ledger"}).json()
@@ -73,7 +80,9 @@ def test_the_whole_story(served, client):
     assert client.post("/undo", json={}).status_code == 422
     replaced = client.post("/ingest", json={"name": "a/b.txt", "text": "Nothing."}).json()
     assert replaced["removed"] == 2
-    assert {"/ask", "/edit", "/undo", "/ingest", "/health"} <= set(client.get("/openapi.json").json()["paths"])
+    assert {"/ask", "/edit", "/undo", "/ingest", "/health"} <= set(
+        client.get("/openapi.json").json()["paths"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,7 +126,9 @@ def test_writing_needs_the_token(served):
     assert client.post("/ingest", json=body).status_code == 401
     assert client.post("/ingest", json=body, headers={"Authorization": "Bearer wrong"}).status_code == 401
     assert client.post("/undo", json={}).status_code == 401
-    assert client.post("/ingest", json=body, headers={"Authorization": "Bearer " + "k" * 20}).status_code == 200
+    assert (
+        client.post("/ingest", json=body, headers={"Authorization": "Bearer " + "k" * 20}).status_code == 200
+    )
     assert client.post("/ask", json={"question": QUESTION}).status_code == 200
 
 

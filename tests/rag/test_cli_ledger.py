@@ -14,10 +14,22 @@ def test_change_look_and_take_back(atlas, capsys, tmp_path):
     fact = ["--subject", "France", "--relation", "capital"]
     place = ["--ledger", tmp_path / "ledger", "--documents", documents]
     code, out, _ = call(
-        capsys, "ledger", "edit", *fact, "--target", "Rome", *place, "--on-conflict", "doc_wins", "--json", "-"
+        capsys,
+        "ledger",
+        "edit",
+        *fact,
+        "--target",
+        "Rome",
+        *place,
+        "--on-conflict",
+        "doc_wins",
+        "--json",
+        "-",
     )
     assert code == 1 and json.loads(out)["reason"].startswith("documents say otherwise")
-    made = result(capsys, tmp_path, "ledger", "edit", *fact, "--target", "Rome", *place, "--editor", "rome_identity")
+    made = result(
+        capsys, tmp_path, "ledger", "edit", *fact, "--target", "Rome", *place, "--editor", "rome_identity"
+    )
     assert made["done"] and made["entry"] == 1 and made["conflicts"][0]["scorer"] == "match"
     shown = result(capsys, tmp_path, "ledger", "show", "--ledger", tmp_path / "ledger")
     assert [(one["new"], one["status"]) for one in shown["entries"]] == [("Rome", "active")]
