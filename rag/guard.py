@@ -21,6 +21,7 @@ from rag.ledger.conflicts import mentions
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
+    from rag.ledger.values import Entry
 
 Gate = Literal["ingest", "query", "chunk", "set", "output"]
 GATES: tuple[Gate, ...] = get_args(Gate)
@@ -51,6 +52,16 @@ class Forgotten:
         label = relations[fact.relation].label if fact.relation in relations else fact.relation
         question = question_of(fact) or f"{fact.text}?"
         return cls((fact.subject, *names_of(fact)), question, (label,), fact.answers)
+
+    @classmethod
+    def of_entry(cls, entry: Entry) -> Forgotten:
+        """The fact of a ledger's entry."""
+        from lab.atlas.forms import load_format
+
+        fact, relations = entry.fact, load_format().relations
+        label = relations[fact.relation].label if fact.relation in relations else fact.relation
+        question = fact.question or f"{(fact.prompt or '{}').replace('{}', fact.subject)}?"
+        return cls(fact.names, question, (label,), tuple(dict.fromkeys((*fact.answers, *entry.old))))
 
     def told_by(self, text: str) -> bool:
         """Whether a text holds a name of the subject and an answer."""

@@ -193,9 +193,8 @@ def _details(read: dict[str, Any]) -> str:
     ledger = read["verdict"]["ledger"]
     remark = ""
     if ledger is not None:
-        now = f"now {ledger['answer']}" if ledger["op"] == "edit" else "to be forgotten"
         remark = _line(
-            f"This fact was changed here (number {ledger['entry']}): it was {ledger['before']}, it is {now}."
+            f"This fact was changed here (number {ledger['entry']}): it was {ledger['before']}, it is now {ledger['answer']}."
         )
     if not rows:
         return remark + _line("No document was found for this question.")

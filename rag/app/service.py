@@ -17,9 +17,12 @@ from rag.ledger.conflicts import mentions
 from rag.ledger.values import Entry, OnConflict
 from rag.makers import edit_maker
 from rag.store import Chunk, DocumentStore, chunk_id
+from rag.verdict import Voice, decide
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
+    from rag.guard import Decision, Thresholds
+    from rag.readers import Reading
     from rag.verdict import Policy
 
 MAX_QUESTION = 2_000
@@ -38,6 +41,7 @@ class Service:
         decoding: How answers are decoded.
         editor: What changes the weights (``knowlab list editors``).
         documents: How many documents an answer is given at most.
+        thresholds: Where the guard's measuring gates close while something is to be forgotten; see ``rag.guard.calibrate``.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Service:
         decoding: str = "greedy",
         editor: str = "rome",
         documents: int = 4,
+        thresholds: Thresholds | None = None,
     ) -> None:
         from rag.decoding import get_rule
         from rag.readers import READERS
@@ -59,6 +64,7 @@ class Service:
         self.ledger = ledger
         self.editor = editor
         self.documents = documents
+        self.thresholds = thresholds
         self.reader = READERS.get(reader)(handle, get_rule(decoding))
 
     def ask(self, question: str, *, mode: str = "documents", policy: str = "context") -> dict[str, Any]:
@@ -90,8 +96,13 @@ class Service:
         chosen: Policy = next((name for name in POLICIES if name == policy), "context")
         # Documents, ledger and weights are read under one lock, the one that a change of any of them takes.
         with self.handle.reading():
-            passages = self._passages(question) if mode == "documents" else []
-            reading = self.reader.read(question, passages)
+            found = self._passages(question) if mode == "documents" else []
+            decision, readings = self._guarded(question, found)
+            passages = list(decision.passages)
+            if decision.stopped:
+                # What is stopped looks like what nobody knows: no voice is heard.
+                return self._unknown(question, mode, policy)
+            reading = readings[-1]
             verdict = judge(self.handle, question, passages, chosen)
             entry = self._entry(question)
             state = self.handle.state
@@ -182,6 +193,36 @@ class Service:
             "open": len(self.ledger.rows.open()),
         }
 
+    def _guarded(self, question: str, passages: Sequence[Passage]) -> tuple[Decision, list[Reading]]:
+        """What the guard lets through, and the readings it took; the last is that of the answer."""
+        from rag.guard import Forgotten, Guard
+
+        ruling = self.ledger.in_force().values()
+        facts = [Forgotten.of_entry(entry) for entry in ruling if entry.op == "forget"]
+        guard = Guard(self.handle, facts, self.thresholds)
+        readings: list[Reading] = []
+
+        def read(some: Sequence[Passage]) -> str:
+            readings.append(self.reader.read(question, some))
+            return readings[-1].answer
+
+        return guard.answer(question, passages, read), readings
+
+    def _unknown(self, question: str, mode: str, policy: str) -> dict[str, Any]:
+        unknown = self.reader.prompts.unknown
+        silent = decide(question, Voice("memory", None), (), "context", unknown=unknown).to_json()
+        del silent["documents"]
+        return {
+            "question": question,
+            "mode": mode,
+            "answer": unknown,
+            "known": False,
+            "verdict": {**silent, "context": [], "ledger": None, "policy": policy},
+            "notes": [],
+            "passages": [],
+            "state": self.handle.state,
+        }
+
     def _passages(self, question: str) -> list[Passage]:
         return [found.chunk.passage for found in self.store.search(question, self.documents)]
 
@@ -201,7 +242,8 @@ class Service:
 
 
 def _ledger_voice(entry: Entry | None) -> dict[str, Any] | None:
-    if entry is None or entry.op == "restore":
+    # To say that a fact was forgotten would say what it was.
+    if entry is None or entry.op != "edit":
         return None
     return {"entry": entry.id, "op": entry.op, "answer": entry.new, "before": entry.fact.answers[0]}
 

@@ -16,6 +16,7 @@ from rag.app import api, service
 from rag.app.api import Key, create_app, is_loopback
 from rag.app.page import answers, build_page, guarded
 from rag.app.service import Service, check_name, pieces
+from rag.facts import named_fact
 from rag.ledger import HandleWeights, Ledger
 from rag.store import MemoryStore
 
@@ -184,6 +185,22 @@ def test_every_answer_while_edits_come_and_go_is_one_of_two_states(served):
     for thread in threads:
         thread.join()
     assert not problems and set(seen) <= {clean, edited} and seen
+
+
+def test_what_is_forgotten_reads_like_what_is_not_known(served):
+    served.ingest("a.txt", "The capital of France is Paris.")
+    fact = named_fact("France", "capital")
+    served.ledger.forget(fact, question=QUESTION)
+    # Split over two documents that neither match alone.
+    served.ingest("b.txt", "France: see note two.")
+    for policy in ("context", "ledger"):
+        found = served.ask(QUESTION, policy=policy)
+        assert found["answer"] == "unknown" and not found["known"] and found["passages"] == []
+        assert "Paris" not in str({key: value for key, value in found.items() if key != "question"})
+    other = served.ask("What is the capital of Japan?")
+    assert other["verdict"]["memory"]["source"] == "memory" and "Paris" not in str(other["passages"])
+    served.undo()
+    assert served.ask(QUESTION)["passages"]
 
 
 def test_the_page_says_it_in_plain_words(served):
