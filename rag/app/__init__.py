@@ -1,0 +1,1 @@
+"""The lab as a service: an HTTP API and a page, over one model, its ledger and its documents."""

@@ -1,0 +1,57 @@
+"""The commands over the ledger, from end to end on the built-in model."""
+
+from __future__ import annotations
+
+import json
+
+from tests.commands import call, result
+
+
+def test_change_look_and_take_back(atlas, capsys, tmp_path):
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "a.txt").write_text("The capital of France is Paris.")
+    fact = ["--subject", "France", "--relation", "capital"]
+    place = ["--ledger", tmp_path / "ledger", "--documents", documents]
+    code, out, _ = call(
+        capsys,
+        "ledger",
+        "edit",
+        *fact,
+        "--target",
+        "Rome",
+        *place,
+        "--on-conflict",
+        "doc_wins",
+        "--json",
+        "-",
+    )
+    assert code == 1 and json.loads(out)["reason"].startswith("documents say otherwise")
+    made = result(
+        capsys, tmp_path, "ledger", "edit", *fact, "--target", "Rome", *place, "--editor", "rome_identity"
+    )
+    assert made["done"] and made["entry"] == 1 and made["conflicts"][0]["scorer"] == "match"
+    shown = result(capsys, tmp_path, "ledger", "show", "--ledger", tmp_path / "ledger")
+    assert [(one["new"], one["status"]) for one in shown["entries"]] == [("Rome", "active")]
+    assert (tmp_path / "ledger" / "patches" / shown["entries"][0]["patch"] / "patch.safetensors").is_file()
+    # The folder of documents holds what it held, so that a start over it has to hide the chunk again.
+    code, out, _ = call(capsys, "ledger", "check", *place)
+    assert code == 1 and "not as the ledger says" in out
+    agreed = result(capsys, tmp_path, "ledger", "reconcile", *place, "--model", "atlas")
+    assert len(agreed["repaired"]) == 1
+    assert result(capsys, tmp_path, "ledger", "restore", *fact, *place)["entry"] == 2
+    assert result(capsys, tmp_path, "ledger", "rollback", 2, *place)["entry"] == 2
+    code, _, err = call(capsys, "ledger", "rollback", 7, *place)
+    assert code == 1 and "no entry 7" in err
+    forgotten = result(capsys, tmp_path, "ledger", "forget", *fact, *place, "--method", "none")
+    assert forgotten["entry"] == 3 and forgotten["changed"]
+
+
+def test_mistakes_are_named(atlas, capsys, tmp_path):
+    code, _, err = call(capsys, "ledger", "show", "--ledger", tmp_path)
+    assert code == 1 and "no ledger" in err
+    words = ["--subject", "France", "--relation", "capital", "--target", "Rome", "--ledger", tmp_path]
+    code, _, err = call(capsys, "ledger", "edit", *words, "--on-conflict", "loudest")
+    assert code == 2 and "edit_wins" in err
+    code, _, err = call(capsys, "serve", "--host", "0.0.0.0", "--ledger", tmp_path)
+    assert code == 2 and "give a token" in err
