@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lab.errors import ConfigError, RequestError, UnknownNameError
 from lab.handle import ModelHandle
 from rag.decoding import DECODERS, TwoStreams, contrast_generate, get_rule
+from rag.decoding.parammute import ParamMute
 from rag.decoding.rules import CAD, COIECD, AdaCAD, CKPlug, Greedy, jensen_shannon
 from tests.tiny import tiny_handle
 
@@ -175,7 +176,14 @@ def test_a_token_that_the_model_rules_out_never_wins_and_makes_no_nan(rule):
 
 
 def test_names_and_settings():
-    assert [type(get_rule(name)) for name in DECODERS.names()] == [Greedy, CAD, AdaCAD, COIECD, CKPlug]
+    assert [type(get_rule(name)) for name in DECODERS.names()] == [
+        Greedy,
+        CAD,
+        AdaCAD,
+        COIECD,
+        CKPlug,
+        ParamMute,
+    ]
     assert get_rule("cad:alpha=0.5") == CAD(0.5)
     assert get_rule("ck_plug:memory=0,top_k=5") == CKPlug(0, top_k=5)
     assert get_rule("coiecd:variant=entropy") == COIECD(variant="entropy")
