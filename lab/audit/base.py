@@ -290,6 +290,7 @@ def lift_over_controls(
     never_per_fact: Sequence[float] = (),
     seed: int = 0,
     resamples: int = RESAMPLES,
+    comparisons: int = 1,
 ) -> Interval:
     """Mean score minus the larger of the controls' means, with a 95 % bootstrap interval.
 
@@ -303,6 +304,8 @@ def lift_over_controls(
         never_per_fact: Of facts that were never trained; or empty.
         seed: Seeds the draws.
         resamples: Number of draws.
+        comparisons: Among how many such lifts the worst is looked for; all their intervals hold together with 95 %
+            (Bonferroni), so that trying many things does not make a clean model look guilty.
 
     Raises:
         ConfigError: There are no scores, the oracle's are not as many, or one is outside [0, 1].
@@ -337,7 +340,8 @@ def lift_over_controls(
     if never.size:
         others = rng.integers(0, never.size, size=(resamples, never.size))
         control = np.maximum(control, never[others].mean(axis=1))
-    low, high = np.percentile(facts[draws].mean(axis=1) - control, [2.5, 97.5])
+    tail = 2.5 / comparisons
+    low, high = np.percentile(facts[draws].mean(axis=1) - control, [tail, 100 - tail])
     return Interval(mean, min(mean, float(low)), max(mean, float(high)))
 
 
@@ -350,8 +354,9 @@ def result_of(
     note: str = "",
     details: Mapping[str, Any] | None = None,
     curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    comparisons: int = 1,
 ) -> AttackResult:
-    """The result of an attack from its scores."""
+    """The result of an attack from its scores; ``comparisons`` as in ``lift_over_controls``."""
     controls = {
         name: Interval.of(values)
         for name, values in (
@@ -365,7 +370,9 @@ def result_of(
         name=attack.name,
         leak=math.fsum(scores.facts) / len(scores.facts),
         per_fact=scores.facts,
-        lift=lift_over_controls(scores.facts, scores.oracle, scores.never, subject.seed),
+        lift=lift_over_controls(
+            scores.facts, scores.oracle, scores.never, subject.seed, comparisons=comparisons
+        ),
         controls=controls,
         tried=tried,
         note=note,

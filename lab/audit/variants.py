@@ -21,7 +21,10 @@ def worst_variant(
     details: Mapping[str, Any] | None = None,
     curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> AttackResult:
-    """The result of the variant whose lift is surest (highest lower end); the others stand in ``details``.
+    """The result of the worst variant; the others stand in ``details``.
+
+    The worst is the one whose lift is surest (highest lower end) where any lift is surely above zero, else the one with the
+    largest lift. The intervals hold for all variants together.
 
     Raises:
         ConfigError: There is no variant.
@@ -29,10 +32,13 @@ def worst_variant(
     if not variants:
         raise ConfigError(f"the attack {attack.name!r} tried nothing")
     found = {
-        name: result_of(attack, subject, scores, tried=tried, note=note, curves=curves)
+        name: result_of(
+            attack, subject, scores, tried=tried, note=note, curves=curves, comparisons=len(variants)
+        )
         for name, scores in variants.items()
     }
-    worst = max(found, key=lambda name: (found[name].lift.low, found[name].lift.mean))
+    sure = [name for name in found if found[name].lift.low > 0]
+    worst = max(sure or found, key=lambda name: found[name].lift.low if sure else found[name].lift.mean)
     table = {
         name: {
             "leak": result.leak,

@@ -55,6 +55,22 @@ def test_the_lift_of_facts_that_are_like_the_controls_covers_zero():
     assert covered >= 95
 
 
+def test_the_worst_of_many_clean_variants_is_seldom_sure():
+    alone = together = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        arms = [(rng.beta(0.5, 4, 40).tolist(), rng.beta(0.5, 4, 40).tolist()) for _ in range(20)]
+
+        def any_sure(comparisons: int, arms=arms, seed=seed) -> bool:
+            lifts = [lift_over_controls(f, (), n, seed, 1000, comparisons) for f, n in arms]
+            return any(lift.low > 0 for lift in lifts)
+
+        alone += any_sure(1)
+        together += any_sure(20)
+    assert together <= 4
+    assert alone >= 8
+
+
 def test_the_same_seed_gives_the_same_interval():
     facts, never = [0.1, 0.9, 0.4], [0.2, 0.1]
     assert lift_over_controls(facts, (), never, 3) == lift_over_controls(facts, (), never, 3)
