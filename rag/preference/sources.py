@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ def read_items(path: str | Path, *, limit: int | None = None) -> Stage:
     for row in came:
         if row.error is not None:
             raise row.error
-        rows += _items(row, len(rows))
+        rows += _items(row)
     for number, made in enumerate(rows):
         made["id"] = made["id"] or str(number)
     if len({made["id"] for made in rows}) < len(rows):
@@ -154,8 +155,14 @@ def read_items(path: str | Path, *, limit: int | None = None) -> Stage:
     return finish("items", len(came), rows[:limit], limit=limit, source=Path(path).name)
 
 
-def _items(row: Row, number: int) -> list[Record]:
+def _items(row: Row) -> list[Record]:
     value, source = row.value, Path(row.file).name
+    if isinstance(value.get("data"), list):  # SQuAD's own files: one object around everything
+        return [
+            made
+            for entry in value["data"]
+            for made in _items(replace(row, value=entry if isinstance(entry, dict) else {}))
+        ]
     if "header" in value and "qas" not in value:  # MRQA files begin with a line about themselves
         return []
     if "paragraphs" in value:
