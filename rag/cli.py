@@ -1,4 +1,4 @@
-"""Commands that answer with documents: ``read``."""
+"""Commands that answer with documents, and that teach when to believe them: ``read`` and ``train``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import typer
 from lab.cli import options as opt
 from lab.cli.output import console, table, write_json
 from lab.errors import ConfigError, DataError
+from rag import cli_preference
 
 if TYPE_CHECKING:
     from lab.records import Passage, Trust
     from rag.verdict import Policy
 
 app = typer.Typer()
+app.add_typer(cli_preference.app)
 
 READ_PANEL = "Reading"
 
