@@ -22,7 +22,8 @@ SUITE_PANEL = "Suite"
 
 _HELP = """Edit the facts of a suite and measure what changed: the edit itself, its wordings, its neighborhood.
 
-Suites: counterfact, knowedit, zsre, mquake, sadr, atlas, atlas_chains (`knowlab list suites`); without edits: preference. A row that breaks the file's schema
+Suites: counterfact, knowedit, zsre, mquake, sadr, atlas, atlas_chains (`knowlab list suites`); without edits: preference.
+A row that breaks the file's schema
 stops the run with file and line; a row that the method cannot take is listed under `skipped` and another is drawn. More than 5 %
 skipped ends with exit code 3. Without `--editor` the model is measured as it is.
 

@@ -231,8 +231,9 @@ def _run(trainer: TrainerLike, resume: str | Path | None) -> dict[str, Any]:
             )
         trainer.train()
         return {}
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    state: Any = vars(trainer)["state"]
+    engine: Any = trainer
+    engine.train(resume_from_checkpoint=None if resume is None else str(resume))
+    state = engine.state
     losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
     return {"steps": int(state.global_step), "losses": losses}
 
