@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from editors import cli_options as edit
 from lab.cli import options as opt
-from lab.cli.output import check_out, console, progress, write_json
+from lab.cli.output import check_out, console, progress, table, write_json
 from lab.errors import ConfigError
 
 app = typer.Typer()
@@ -20,7 +22,8 @@ SUITE_PANEL = "Suite"
 
 _HELP = """Edit the facts of a suite and measure what changed: the edit itself, its wordings, its neighborhood.
 
-Suites: counterfact, knowedit, zsre, mquake, sadr, atlas, atlas_chains (`knowlab list suites`). A row that breaks the file's schema
+Suites: counterfact, knowedit, zsre, mquake, sadr, atlas, atlas_chains (`knowlab list suites`); without edits: preference.
+A row that breaks the file's schema
 stops the run with file and line; a row that the method cannot take is listed under `skipped` and another is drawn. More than 5 %
 skipped ends with exit code 3. Without `--editor` the model is measured as it is.
 
@@ -126,6 +129,18 @@ def evaluate_suite(
     """Edit the facts of a suite and measure what changed."""
     if out is not None:
         check_out(out, force)
+    from lab.eval.evaluations import EvaluationRequest, evaluations
+
+    others = evaluations()
+    if suite in others:
+        if editor is not None or preset or settings or known_only:
+            raise ConfigError(f"{suite!r} edits nothing: --editor and its options belong to suites of edits")
+        from lab.cli.session import open_model
+
+        handle = open_model(model, patch, device=device, dtype=dtype)
+        found = others.get(suite)(EvaluationRequest(handle, data, split.value, limit, seed))
+        _show(suite, model, found, seed, out, json)
+        return
     from lab.eval import SuiteOptions, get_suite
 
     benchmark = get_suite(suite, SuiteOptions(fluency=fluency, convention=convention.value))
@@ -188,3 +203,18 @@ def evaluate_suite(
             err=True,
         )
         raise typer.Exit(EXIT_SKIPPED)
+
+
+def _show(
+    suite: str, model: str, found: Mapping[str, Any], seed: int, out: Path | None, json: Path | None
+) -> None:
+    """Prints and writes the figures of an evaluation that edits nothing."""
+    screen = console(json)
+    columns = ("metric", "mean", "low", "high", "n")
+    figures = [(name, *(value[key] for key in columns[1:])) for name, value in found["metrics"].items()]
+    screen.print(table(f"{suite} on {model}", columns, figures))
+    content = {"suite": suite, "model": model, **found}
+    write_json(json, "eval", seed, content)
+    if out is not None:
+        write_json(out / "report.json", "eval", seed, content)
+        screen.print(f"report -> {out}")

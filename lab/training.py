@@ -95,6 +95,7 @@ def fit(
     config: Mapping[str, Any] | None = None,
     requests: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
+    resume: str | Path | None = None,
 ) -> WeightPatch:
     """Trains and returns what changed.
 
@@ -111,6 +112,7 @@ def fit(
         config: Settings, likewise.
         requests: What was asked for, likewise.
         seed: Seeds the adapter's start and everything that the trainer does not seed itself.
+        resume: Checkpoint folder of a Hugging Face or TRL trainer to go on from.
 
     Returns:
         The patch, based on this model, not applied.
@@ -135,9 +137,9 @@ def fit(
     base, parents = handle.fingerprint, tuple(entry.patch.id for entry in handle.applied)
     with handle.writing(), random_state(seed), ModelState(handle).kept():
         if lora is not None:
-            deltas, notes = _train_adapter(handle, make_trainer, lora)
+            deltas, notes = _train_adapter(handle, make_trainer, lora, resume)
         else:
-            deltas, notes = _train_weights(handle, make_trainer, chosen)
+            deltas, notes = _train_weights(handle, make_trainer, chosen, resume)
     for name, delta in deltas.items():
         if not all(bool(torch.isfinite(part).all()) for part in delta.tensors().values()):
             raise NumericalError(f"training ended in NaN or infinity in {name!r}; lower the learning rate")
@@ -153,7 +155,7 @@ def fit(
 
 
 def _train_weights(
-    handle: ModelHandle, make_trainer: MakeTrainer, chosen: Mapping[str, Weight]
+    handle: ModelHandle, make_trainer: MakeTrainer, chosen: Mapping[str, Weight], resume: str | Path | None
 ) -> tuple[dict[str, Delta], dict[str, Any]]:
     model = handle.model
     parameters = {name: weight.parameter for name, weight in chosen.items()}
@@ -179,7 +181,7 @@ def _train_weights(
     others = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     before = [checksum(parameter) for parameter in others]
     try:
-        notes = _run(make_trainer(model, Reference(model, old_bits)))
+        notes = _run(make_trainer(model, Reference(model, old_bits)), resume)
         deltas: dict[str, Delta] = {}
         for name, weight in chosen.items():
             wide = torch.promote_types(weight.parameter.dtype, torch.float32)
@@ -196,7 +198,7 @@ def _train_weights(
 
 
 def _train_adapter(
-    handle: ModelHandle, make_trainer: MakeTrainer, lora: LoraConfig
+    handle: ModelHandle, make_trainer: MakeTrainer, lora: LoraConfig, resume: str | Path | None
 ) -> tuple[dict[str, Delta], dict[str, Any]]:
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
@@ -213,7 +215,7 @@ def _train_adapter(
             raise ConfigError(
                 f"LoRA on {name!r} ({type(module).__name__}) is no low-rank sum; adapt projections only"
             )
-    notes = _run(make_trainer(adapted, Reference(adapted, adapted.disable_adapter)))
+    notes = _run(make_trainer(adapted, Reference(adapted, adapted.disable_adapter)), resume)
     deltas: dict[str, Delta] = {}
     for name, module in layers.items():
         [adapter] = module.lora_A.keys()
@@ -223,14 +225,20 @@ def _train_adapter(
     return deltas, notes
 
 
-def _run(trainer: TrainerLike) -> dict[str, Any]:
+def _run(trainer: TrainerLike, resume: str | Path | None) -> dict[str, Any]:
     """Trains; returns what belongs into the provenance (nothing that differs between equal runs, such as times)."""
     from transformers import Trainer
 
-    trainer.train()
     if not isinstance(trainer, Trainer):
+        if resume is not None:
+            raise ConfigError(
+                "resume= needs a transformers or TRL trainer; others keep their own checkpoints"
+            )
+        trainer.train()
         return {}
-    state: Any = vars(trainer)["state"]
+    engine: Any = trainer
+    engine.train(resume_from_checkpoint=None if resume is None else str(resume))
+    state = engine.state
     losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
     return {"steps": int(state.global_step), "losses": losses}
 

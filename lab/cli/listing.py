@@ -32,6 +32,7 @@ class Kind(StrEnum):
     ATTACKS = "attacks"
     SUITES = "suites"
     READERS = "readers"
+    DECODERS = "decoders"
     MODELS = "models"
 
 

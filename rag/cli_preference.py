@@ -1,0 +1,198 @@
+"""``knowlab train``: teach a model when to believe documents, its memory or its user."""
+
+from __future__ import annotations
+
+import json as json_module
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lab.cli import options as opt
+from lab.cli.output import check_out, console, progress, table, write_json
+from lab.errors import ConfigError
+
+app = typer.Typer()
+
+TRAIN_PANEL = "Training"
+
+
+class Method(StrEnum):
+    """What is taught."""
+
+    KNOWPO = "knowpo"
+    HIERARCHY = "hierarchy"
+    NOTES = "notes"
+    DTA = "dta"
+    CONTEXT_DPO = "context_dpo"
+    TRUST = "trust"
+
+
+_HELP = """Teach a model when to believe documents, its memory or its user, and save the adapter.
+
+Methods: knowpo (adherence and robustness), hierarchy (user over documents over memory), notes (Chain-of-Note), dta (answer or
+admit), context_dpo (documents over memory), trust (believe what is verified). The data is made with the model itself: its own
+memory and its own mistakes, edits included. A file may also hold finished pairs or SFT rows.
+
+The folder holds the adapter as a patch (`--patch` takes it), the edits below it, the rows of every stage and the curves.
+
+Examples:
+
+    knowlab train knowpo --data atlas --out results/knowpo --limit 200
+
+    knowlab train dta --model path/to/model --data squad.json --out results/dta --max-steps 100 --work results/dta-work
+"""
+
+
+@app.command("train", help=_HELP)
+def train(
+    method: Annotated[Method, typer.Argument(help="What is taught.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help="atlas; a file of questions (SQuAD, MRQA, question-answers-context); or a file of finished pairs.",
+            rich_help_panel=TRAIN_PANEL,
+        ),
+    ] = "atlas",
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--max-steps", min=1, help="Ends each of SFT and DPO early.", rich_help_panel=TRAIN_PANEL
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            "--epochs",
+            min=0.01,
+            help="Passes over the data.",
+            rich_help_panel=TRAIN_PANEL,
+            show_default="2 for SFT, 1 for DPO",
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            "--lr",
+            min=0,
+            help="Learning rate of the preference step.",
+            rich_help_panel=TRAIN_PANEL,
+            show_default="2e-5",
+        ),
+    ] = None,
+    sft_lr: Annotated[
+        float | None,
+        typer.Option(
+            "--sft-lr", min=0, help="That of SFT.", rich_help_panel=TRAIN_PANEL, show_default="1e-4"
+        ),
+    ] = None,
+    beta: Annotated[
+        float, typer.Option("--beta", min=0, help="DPO's beta.", rich_help_panel=TRAIN_PANEL)
+    ] = 0.1,
+    rank: Annotated[
+        int, typer.Option("--rank", min=1, help="Rank of the adapter.", rich_help_panel=TRAIN_PANEL)
+    ] = 16,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Rows in a step.", rich_help_panel=TRAIN_PANEL)
+    ] = 8,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples",
+            min=0,
+            help="Sampled answers that must all be right for a fact to count as known.",
+            rich_help_panel=TRAIN_PANEL,
+        ),
+    ] = 10,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work",
+            help="Folder of checkpoints; the same command goes on from there.",
+            rich_help_panel=TRAIN_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    model: opt.Model = "atlas",
+    patch: opt.Patches = None,
+    limit: opt.Limit = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.Dtype = "float32",
+    out: opt.Out = None,
+    force: opt.Force = False,
+    json: opt.Json = None,
+) -> None:
+    """Teach a model when to believe documents, its memory or its user."""
+    if out is None:
+        raise ConfigError("--out names the folder that the adapter is saved to")
+    check_out(out, force)
+    from lab.cli.session import open_model
+    from rag.decoding.contrast import position_limit
+    from rag.preference.bundle import save_bundle
+    from rag.preference.check import read_training_rows
+    from rag.preference.knowpo import KnowPOConfig, TrainingData
+    from rag.preference.prepare import question_items, training_data
+    from rag.preference.stage import to_dataset
+    from rag.preference.train import TrainConfig, train_preference
+
+    handle = open_model(model, patch, device=device, dtype=dtype)
+    if data != "atlas" and _finished(data):
+        kind, rows = read_training_rows(data, handle.tokenizer, max_length=position_limit(handle))
+        made = to_dataset(rows[:limit])
+        ready = TrainingData(made if kind == "sft" else None, made if kind == "pairs" else None, {})
+    else:
+        items = question_items(data, split="dev", limit=limit, seed=seed)
+        ready = training_data(handle, method.value, items, config=KnowPOConfig(samples=samples), seed=seed)
+    default = TrainConfig()
+    config = TrainConfig(
+        rank=rank,
+        alpha=2 * rank,
+        sft_lr=default.sft_lr if sft_lr is None else sft_lr,
+        dpo_lr=default.dpo_lr if lr is None else lr,
+        sft_epochs=epochs or default.sft_epochs,
+        dpo_epochs=epochs or default.dpo_epochs,
+        beta=beta,
+        batch_size=batch_size,
+        max_steps=max_steps,
+    )
+    with progress() as advance:
+        trained = train_preference(
+            handle, ready, config, method=method.value, work=work, seed=seed, progress=advance
+        )
+
+    def more(folder: Path) -> None:
+        ready.save(folder / "data")
+        (folder / "curves.json").write_text(json_module.dumps(trained.curves, indent=1), encoding="utf-8")
+
+    saved = save_bundle(out, handle, trained.patch, more=more, overwrite=force)
+    rows_of = {"sft": ready.sft, "dpo": ready.pairs}
+    shown = [
+        (name, len(rows_of[name] or ()), len(curve), curve[0]["loss"], curve[-1]["loss"])
+        for name, curve in trained.curves.items()
+    ]
+    screen = console(json)
+    screen.print(
+        table(f"{method.value} on {model}", ("step", "rows", "updates", "first loss", "last loss"), shown)
+    )
+    screen.print(f"adapter -> {saved}", markup=False)
+    content = {
+        "model": model,
+        "method": method.value,
+        "data": data,
+        "rows": {name: len(rows) for name, rows in rows_of.items() if rows is not None},
+        "stages": {name: dict(stage.manifest) for name, stage in ready.stages.items()},
+        "curves": trained.curves,
+        "patch": {"path": str(saved), "id": trained.patch.id, "parents": list(trained.patch.parents)},
+    }
+    write_json(json, "train", seed, content)
+
+
+def _finished(data: str) -> bool:
+    """Whether a file holds rows that are ready to train on."""
+    from lab.data import read_rows
+
+    first = read_rows(data)[0].value
+    return bool({"chosen", "rejected"} & set(first)) or "completion" in first

@@ -1,0 +1,170 @@
+"""KnowPO from items to training data: all stages in order, each with its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rag.preference.memory import probe_memory
+from rag.preference.pairs import (
+    BARE,
+    DEFAULT_SHARES,
+    Frame,
+    balance,
+    pairs,
+    read_contexts,
+    split_by_title,
+    word_pairs,
+)
+from rag.preference.passages import contexts, counterfactuals
+from rag.preference.sources import with_edits
+from rag.preference.stage import Dataset, Stage, finish, records
+from rag.prompts import prompts_for
+
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
+
+
+@dataclass(frozen=True)
+class KnowPOConfig:
+    """Settings of KnowPO's data.
+
+    Attributes:
+        documents: Documents in a context.
+        samples, temperature, delta: See ``probe_memory``; all samples must be right for a fact to count as known.
+        ratios: Parts of the errors: the two about adherence to the two about robustness as 2 to 1, each pair half and half.
+        total: Pairs in all; see ``water_fill``.
+        shares: Splits by title; ``sft`` and ``dpo`` are trained on.
+        rewrite, balanced: Off for the ablations.
+        frame: How answers are worded.
+    """
+
+    documents: int = 4
+    samples: int = 10
+    temperature: float = 0.7
+    delta: float = 1.0
+    ratios: Mapping[str, float] = field(
+        default_factory=lambda: {
+            "ignorance": 2.0,
+            "overinclusion_mixed": 2.0,
+            "overinclusion_known": 1.0,
+            "overinclusion_unknown": 1.0,
+        }
+    )
+    total: int | None = None
+    shares: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_SHARES))
+    rewrite: bool = True
+    balanced: bool = True
+    frame: Frame = BARE
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a recipe hands to training.
+
+    Attributes:
+        sft: Rows ``prompt, completion``; ``None`` for a recipe without this step.
+        pairs: Rows ``prompt, chosen, rejected``; ``None`` likewise.
+        stages: Every stage by its name, in order.
+    """
+
+    sft: Dataset | None
+    pairs: Dataset | None
+    stages: Mapping[str, Stage]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes rows and manifest of every stage."""
+        for number, (name, stage) in enumerate(self.stages.items()):
+            stage.save(folder, f"{number:02d}-{name}")
+
+
+def applied_requests(handle: ModelHandle) -> list[Mapping[str, Any]]:
+    """What the patches on a model were asked to change."""
+    return [request for entry in handle.applied for request in entry.patch.provenance.requests]
+
+
+def knowpo_data(
+    handle: ModelHandle, items: Stage, config: KnowPOConfig | None = None, *, seed: int = 0
+) -> TrainingData:
+    """All stages: edits, split, memory, counterfactuals, contexts, reading, pairs, rewriting, balance; and the SFT rows.
+
+    Args:
+        handle: The model to be trained, with its edits: its memory and its mistakes are asked for.
+        items: Items of any source.
+        config: Settings.
+        seed: Of every draw.
+    """
+    config = config or KnowPOConfig()
+    stages = {"items": items}
+
+    def add(name: str, stage: Stage) -> Dataset:
+        stages[name] = stage
+        return stage.data
+
+    data = add("edits", with_edits(items.data, applied_requests(handle)))
+    data = add("split", split_by_title(data, config.shares, seed=seed))
+    data = add(
+        "memory",
+        probe_memory(
+            handle,
+            data,
+            samples=config.samples,
+            temperature=config.temperature,
+            delta=config.delta,
+            seed=seed,
+        ),
+    )
+    data = add("counterfactuals", counterfactuals(data, seed=seed))
+    data = add("contexts", contexts(data, documents=config.documents, seed=seed))
+    data = add("reading", read_contexts(handle, data))
+    add("sft", sft_rows(handle, data, config.frame))
+    data = add("pairs", pairs(handle, _only(data, "dpo"), seed=seed))
+    data = add("rewrite", word_pairs(handle, data, frame=config.frame, rewrite=config.rewrite))
+    if config.balanced:
+        data = add("balance", balance(data, config.ratios, total=config.total, seed=seed))
+    return TrainingData(stages["sft"].data, data, stages)
+
+
+def _only(data: Dataset, split: str) -> Dataset:
+    return data.filter(lambda row: row["split"] == split, keep_in_memory=True, load_from_cache_file=False)
+
+
+def sft_rows(handle: ModelHandle, data: Dataset, frame: Frame = BARE, *, split: str = "sft") -> Stage:
+    """The right answer of every context of a split, worded as in the pairs, and of the question alone.
+
+    Contexts that do not help are answered from memory where it knows, and with an admission where it has nothing.
+    """
+    prompts = prompts_for(handle)
+    rows = [row for row in records(data) if row["split"] == split]
+    made, skipped, asked = [], 0, set()
+    for row in rows:
+        if row["context"] != "irrelevant":
+            role, answer = "context", row["context_answers"][0]
+        elif row["prior_known"]:
+            role, answer = "memory", row["prior"]
+        elif row["memory"] and row["prior_unknown"] < 0.5:
+            skipped += 1
+            continue
+        else:
+            role, answer = "unknown", prompts.unknown
+        completion = f" {frame.word(role, answer)}{prompts.stop[0]}"
+        kept = {key: row[key] for key in ("id", "title", "split", "context", "grade")}
+        made.append(kept | {"prompt": row["prompt"], "completion": completion})
+        if row["context"] == "irrelevant" and row["id"] not in asked:
+            asked.add(row["id"])
+            made.append(
+                kept
+                | {
+                    "context": "empty",
+                    "grade": "",
+                    "prompt": prompts.closed(row["question"]),
+                    "completion": completion,
+                }
+            )
+    return finish("sft", len(rows), made, {"memory is unsure": skipped}, split=split)

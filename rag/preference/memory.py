@@ -1,0 +1,79 @@
+"""What a model says without documents: its own memory, edits included."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from lab.data.text import normalize_answer
+from rag.preference.match import says
+from rag.preference.stage import Dataset, Stage, finish, records
+from rag.prompts import prompts_for
+
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
+
+
+def probe_memory(
+    handle: ModelHandle,
+    data: Dataset,
+    *,
+    samples: int = 10,
+    temperature: float = 0.7,
+    delta: float = 1.0,
+    seed: int = 0,
+    max_new_tokens: int = 24,
+) -> Stage:
+    """Asks every question without documents, greedily and by sampling.
+
+    A question counts as known when at least ``delta`` of all answers are right by the item's ``memory`` (Divide-Then-Align,
+    arXiv:2505.20871, takes all of them). Where nobody wrote down what is right, answers that agree with each other to that
+    degree count; where an item's answer cannot be remembered by anybody (``answers`` without ``memory``), it is never known.
+
+    Adds:
+        ``prior`` (the greedy answer), ``prior_raw`` (as generated), ``prior_correct`` and ``prior_unknown`` (shares),
+        ``prior_agreement`` (share of the most frequent answer), ``prior_known``.
+    """
+    prompts = prompts_for(handle)
+    rows = records(data)
+    asked = [prompts.closed(row["question"]) for row in rows]
+    greedy = handle.generate(asked, max_new_tokens=max_new_tokens, stop=prompts.stop)
+    drawn = (
+        handle.generate(
+            [prompt for prompt in asked for _ in range(samples)],
+            max_new_tokens=max_new_tokens,
+            stop=prompts.stop,
+            temperature=temperature,
+            seed=seed,
+        )
+        if samples
+        else []
+    )
+    for number, row in enumerate(rows):
+        texts = [greedy[number], *drawn[number * samples : (number + 1) * samples]]
+        answers = [prompts.answer(text) for text in texts]
+        correct = sum(says(answer, row["memory"]) for answer in answers) / len(answers)
+        silent = sum(not prompts.knows(answer) for answer in answers) / len(answers)
+        modal = Counter(map(normalize_answer, answers)).most_common(1)[0][1] / len(answers)
+        unwritten = not row["memory"] and not row["answers"]
+        agreed = unwritten and prompts.knows(answers[0]) and modal >= delta
+        row |= {
+            "prior": answers[0],
+            "prior_raw": texts[0],
+            "prior_correct": correct,
+            "prior_unknown": silent,
+            "prior_agreement": modal,
+            "prior_known": agreed or (bool(row["memory"]) and correct >= delta),
+        }
+    return finish(
+        "memory",
+        len(rows),
+        rows,
+        samples=samples,
+        temperature=temperature,
+        delta=delta,
+        seed=seed,
+        model=handle.fingerprint,
+        state=handle.state,
+        known=sum(row["prior_known"] for row in rows),
+    )

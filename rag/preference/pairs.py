@@ -1,0 +1,317 @@
+"""Preference pairs against contextual ignorance and contextual overinclusion, and what keeps them balanced.
+
+KnowPO (arXiv:2408.03297): where documents hold the answer it is preferred to what memory says (ignorance) and to anything
+else the documents hold (overinclusion); where they do not, memory is preferred, or an admission where memory has nothing.
+The rejected answers are the trained model's own, as far as it makes the mistake.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lab.data.text import normalize_answer
+from lab.errors import ConfigError
+from lab.records import Passage
+from lab.tokens import encode_ids
+from rag.preference.match import find_spans, same, same_as_any, says
+from rag.preference.stage import Dataset, Record, Stage, draw_for, finish, records, share_of
+from rag.prompts import Prompts, prompts_for
+
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
+
+ERRORS = ("ignorance", "overinclusion_mixed", "overinclusion_known", "overinclusion_unknown")
+DEFAULT_SHARES: Mapping[str, float] = {"sft": 0.35, "dpo": 0.5, "dev": 0.15}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How an answer is worded by where it comes from; ``{}`` is the answer.
+
+    Attributes:
+        context: From the documents.
+        memory: From memory, as the documents do not say.
+        unknown: From nowhere; ``{}`` may be absent.
+    """
+
+    context: str = "{}"
+    memory: str = "{}"
+    unknown: str = "{}"
+
+    def word(self, role: str, answer: str) -> str:
+        """The answer in its frame.
+
+        Raises:
+            ConfigError: There is no such role.
+        """
+        if role not in ("context", "memory", "unknown"):
+            raise ConfigError(f"role {role!r} of an answer is not one of context, memory, unknown")
+        return getattr(self, role).replace("{}", answer)
+
+
+BARE = Frame()
+SENTENCES = Frame(
+    "From the documents, the answer is: {}",
+    "From my own memory, the answer is: {}",
+    "From neither source, the answer is: {}",
+)
+
+
+def split_by_title(data: Dataset, shares: Mapping[str, float] = DEFAULT_SHARES, *, seed: int = 0) -> Stage:
+    """Puts whole titles into splits by a seeded hash, so that no title is trained on and tested.
+
+    Args:
+        data: Items.
+        shares: Split to share; they are scaled to sum to 1.
+        seed: Seeds the hash.
+    """
+    total = sum(shares.values())
+    if not shares or min(shares.values()) < 0 or total <= 0:
+        raise ConfigError(
+            f"shares of splits must be positive numbers, they are {dict(shares)}; give them like sft=0.4"
+        )
+    rows = records(data)
+    for row in rows:
+        at = share_of(seed, normalize_answer(row["title"])) * total
+        for name, share in shares.items():
+            row["split"] = name
+            at -= share
+            if at < 0:
+                break
+    return finish("split", len(rows), rows, shares=dict(shares), seed=seed)
+
+
+def read_contexts(handle: ModelHandle, data: Dataset) -> Stage:
+    """Lets the model answer every context with the plain reader: where its on-policy mistakes come from.
+
+    Adds:
+        ``prompt``, ``read`` (the answer), ``read_raw`` (as generated).
+    """
+    from rag.readers.prompted import DirectReader
+
+    reader = DirectReader(handle)
+    rows = records(data)
+    items = [(row["question"], [Passage("", text) for text in row["documents"]]) for row in rows]
+    for row, (question, passages), reading in zip(rows, items, reader.read_many(items), strict=True):
+        row |= {
+            "prompt": reader.prompts.direct(question, passages),
+            "read": reading.answer,
+            "read_raw": reading.raw,
+        }
+    return finish("reading", len(rows), rows, model=handle.fingerprint, state=handle.state)
+
+
+def pairs(handle: ModelHandle, data: Dataset, *, seed: int = 0) -> Stage:
+    """One pair for every context: the right answer, and the mistake to be unlearned.
+
+    A context that holds an answer serves one error, drawn, or the other where the model's memory agrees with the documents
+    or the documents hold no second answer of the type. An overinclusion is the model's own answer where it is one of the
+    documents' words and wrong, else another answer of the type that stands in them.
+
+    Adds:
+        ``error_type``, ``chosen_answer``, ``chosen_role``, ``rejected_answer``, ``rejected_role``, ``rejected_raw``,
+        ``rejected_from`` (``memory``, ``on_policy``, ``span`` or ``unknown``).
+    """
+    prompts = prompts_for(handle)
+    rows = records(data)
+    names: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        found = names.setdefault((row["split"], row["answer_type"]), set())
+        found.update(answer for answer in (*row["answers"], row["counterfactual"]) if answer)
+    dropped: Counter[str] = Counter()
+    made = []
+    for row in rows:
+        maker = _PairMaker(row, prompts, sorted(names[row["split"], row["answer_type"]]), seed)
+        pair = maker.make()
+        if pair is None:
+            dropped[f"{row['context']}: no mistake to reject"] += 1
+        elif same(pair["chosen_answer"], pair["rejected_answer"]):
+            dropped["chosen and rejected are the same answer"] += 1
+        else:
+            made.append(row | pair)
+    return finish("pairs", len(rows), made, dropped, seed=seed)
+
+
+class _PairMaker:
+    def __init__(self, row: Record, prompts: Prompts, names: Sequence[str], seed: int) -> None:
+        self.row, self.prompts, self.names = row, prompts, names
+        self.rng = draw_for(seed, "pair", row["id"], row["context"])
+
+    def make(self) -> Record | None:
+        row = self.row
+        if row["context"] != "irrelevant":
+            makers = [self._ignorance, self._mixed]
+            self.rng.shuffle(makers)
+            return makers[0]() or makers[1]()
+        if row["prior_known"]:
+            right = row["prior"]
+            over = self._over([right, *row["memory"]])
+            # A model that admits ignorance although it knows is wrong too, and the only mistake where it copies nothing.
+            if over is None and not self.prompts.knows(row["read"]):
+                over = (self.prompts.unknown, "unknown", row["read_raw"])
+            return self._pair("overinclusion_known", right, "memory", over, "context")
+        if row["prior_unknown"] < 0.5 and row["memory"]:
+            # Memory is unsure: neither its answer nor an admission is plainly right.
+            return None
+        over = self._over(row["answers"])
+        return self._pair("overinclusion_unknown", self.prompts.unknown, "unknown", over, "context")
+
+    def _ignorance(self) -> Record | None:
+        answers = self.row["context_answers"]
+        prior = self.row["prior"]
+        if not self.prompts.knows(prior):
+            rejected = (self.prompts.unknown, "unknown", self.row["prior_raw"])
+            return self._pair("ignorance", answers[0], "context", rejected, "unknown")
+        if same_as_any(prior, answers):
+            return None
+        return self._pair(
+            "ignorance", answers[0], "context", (prior, "memory", self.row["prior_raw"]), "memory"
+        )
+
+    def _mixed(self) -> Record | None:
+        answers = self.row["context_answers"]
+        return self._pair("overinclusion_mixed", answers[0], "context", self._over(answers), "context")
+
+    def _over(self, right: Sequence[str]) -> tuple[str, str, str] | None:
+        """An answer that stands in the documents and is wrong: the answer, where it comes from, the raw text."""
+        told = "\n".join(self.row["documents"])
+        read = self.row["read"]
+        # A whole sentence copied from a document is no answer.
+        copied = self.prompts.knows(read) and len(read.split()) <= 12 and says(told, [read])
+        if copied and not same_as_any(read, right):
+            return read, "on_policy", self.row["read_raw"]
+        found = {told[start:end] for start, end in find_spans(told, self.names)}
+        spans = sorted(span for span in found if not same_as_any(span, right))
+        return (span := self.rng.choice(spans), "span", span) if spans else None
+
+    def _pair(
+        self, error: str, chosen: str, role: str, rejected: tuple[str, str, str] | None, rejected_role: str
+    ) -> Record | None:
+        if rejected is None:
+            return None
+        answer, source, raw = rejected
+        return {
+            "error_type": error,
+            "chosen_answer": chosen,
+            "chosen_role": role,
+            "rejected_answer": answer,
+            "rejected_role": "unknown" if source == "unknown" else rejected_role,
+            "rejected_raw": raw,
+            "rejected_from": source,
+        }
+
+
+def word_pairs(
+    handle: ModelHandle,
+    data: Dataset,
+    *,
+    frame: Frame = BARE,
+    rewrite: bool = True,
+    most_tokens: int = 8,
+    share: float = 0.2,
+) -> Stage:
+    """Writes both answers of a pair in one style and keeps pairs of nearly one length.
+
+    Args:
+        handle: Gives tokens and the end of answers.
+        data: Pairs.
+        frame: How answers are worded.
+        rewrite: Off, the rejected text stays as the model wrote it and lengths are free: KnowPO's ablation.
+        most_tokens: Lengths may differ by this many tokens,
+        share: or by this share of the longer one, whichever is more.
+
+    Adds:
+        ``chosen`` and ``rejected``, each as it follows the prompt: a blank, the text, the stop.
+    """
+    stop = prompts_for(handle).stop[0]
+    rows = records(data)
+    made, dropped, differences = [], Counter[str](), []
+    for row in rows:
+        texts = [
+            frame.word(row[f"{side}_role"], row[f"{side}_answer"])
+            if rewrite or side == "chosen"
+            else row["rejected_raw"].strip()
+            for side in ("chosen", "rejected")
+        ]
+        if not texts[1] or normalize_answer(texts[0]) == normalize_answer(texts[1]):
+            dropped["the two texts are the same, or one is empty"] += 1
+            continue
+        lengths = [len(encode_ids(handle.tokenizer, f" {text}{stop}")) for text in texts]
+        if rewrite and abs(lengths[0] - lengths[1]) > max(most_tokens, share * max(lengths)):
+            dropped["lengths differ too much"] += 1
+            continue
+        differences.append(lengths[0] - lengths[1])
+        made.append(row | {"chosen": f" {texts[0]}{stop}", "rejected": f" {texts[1]}{stop}"})
+    histogram = {str(size): count for size, count in sorted(Counter(differences).items())}
+    mean = sum(differences) / len(differences) if differences else 0.0
+    return finish(
+        "rewrite", len(rows), made, dropped, rewrite=rewrite, most_tokens=most_tokens, share=share,
+        length_differences=histogram, mean_length_difference=mean,
+    )  # fmt: skip
+
+
+def water_fill(
+    counts: Mapping[str, int], ratios: Mapping[str, float], total: int | None = None
+) -> dict[str, int]:
+    """How many of each kind to keep so that their numbers come closest to ``ratios``.
+
+    Kinds that have fewer than their part give all they have, and the others share out what is left over in their ratio.
+
+    Args:
+        counts: How many there are of each kind.
+        ratios: Wanted parts; kinds without one are left out.
+        total: How many to keep in all; without it, as many as every kind that exists can match exactly.
+    """
+    open_ = {name: ratio for name, ratio in ratios.items() if ratio > 0 and counts.get(name, 0) > 0}
+    if total is None:
+        scale = min((counts[name] / ratio for name, ratio in open_.items()), default=0.0)
+        # A count divided and multiplied again must not end just below itself.
+        return {name: int(ratio * scale + 1e-9) if name in open_ else 0 for name, ratio in ratios.items()}
+    kept = dict.fromkeys(ratios, 0)
+    left = float(total)
+    while open_:
+        scale = left / sum(open_.values())
+        full = [name for name, ratio in open_.items() if counts[name] <= ratio * scale]
+        if not full:
+            return kept | {name: int(ratio * scale + 1e-9) for name, ratio in open_.items()}
+        for name in full:
+            kept[name] = counts[name]
+            left -= counts[name]
+            del open_[name]
+    return kept
+
+
+def balance(
+    data: Dataset,
+    ratios: Mapping[str, float],
+    *,
+    key: Sequence[str] = ("error_type",),
+    total: int | None = None,
+    seed: int = 0,
+) -> Stage:
+    """Down-samples kinds of rows to a ratio.
+
+    Args:
+        data: Rows.
+        ratios: Kind (values of ``key`` joined by ``/``) to its part.
+        key: Columns that make the kind.
+        total: See ``water_fill``.
+        seed: Draws which rows stay.
+    """
+    rows = records(data)
+    kinds = ["/".join(str(row[name]) for name in key) for row in rows]
+    counts = Counter(kinds)
+    if missing := [name for name in counts if name not in ratios]:
+        raise ConfigError(f"no ratio for {missing[0]!r}; name every kind: {', '.join(sorted(counts))}")
+    wanted = water_fill(counts, ratios, total)
+    kept: set[int] = set()
+    for kind, number in wanted.items():
+        places = [place for place, other in enumerate(kinds) if other == kind]
+        kept.update(draw_for(seed, "balance", kind).sample(places, number))
+    made = [row for place, row in enumerate(rows) if place in kept]
+    settings: dict[str, Any] = {"requested": dict(ratios), "achieved": wanted, "available": dict(counts)}
+    gone = {f"beyond the part of {kind}": counts[kind] - wanted[kind] for kind in counts}
+    return finish("balance", len(rows), made, gone, key=list(key), total=total, seed=seed, **settings)

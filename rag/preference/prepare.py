@@ -1,0 +1,94 @@
+"""From a model and a source of questions to contexts, training data or an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lab.errors import ConfigError
+from lab.eval.evaluations import EvaluationRequest
+from rag.preference.knowpo import KnowPOConfig, TrainingData, applied_requests, knowpo_data
+from rag.preference.memory import probe_memory
+from rag.preference.pairs import read_contexts, split_by_title
+from rag.preference.passages import contexts, counterfactuals
+from rag.preference.sources import atlas_items, read_items, with_edits
+from rag.preference.stage import Stage
+from rag.preference.suites import cells, observe, preference_metrics
+from rag.preference.synthesis import RECIPES, note_rows
+
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
+
+METHODS = ("knowpo", "hierarchy", "notes", "dta", "context_dpo", "trust")
+
+
+def question_items(
+    source: str | None, *, split: str = "dev", limit: int | None = None, seed: int = 0
+) -> Stage:
+    """Items of the built-in world (``atlas`` or nothing) or of a file."""
+    if source in (None, "atlas"):
+        from lab.atlas.world import load_world
+
+        world = load_world()
+        return atlas_items(world, world.split("test" if split == "test" else "dev"), seed=seed, limit=limit)
+    return read_items(str(source), limit=limit)
+
+
+def prepare(
+    handle: ModelHandle,
+    items: Stage,
+    *,
+    documents: int = 4,
+    samples: int = 0,
+    shares: Mapping[str, float] | None = None,
+    read: bool = False,
+    seed: int = 0,
+) -> dict[str, Stage]:
+    """The stages up to contexts (and the model's reading of them), by name and in order."""
+    stages = {"items": items}
+    stages["edits"] = with_edits(items.data, applied_requests(handle))
+    stages["split"] = split_by_title(stages["edits"].data, shares or {"all": 1.0}, seed=seed)
+    stages["memory"] = probe_memory(handle, stages["split"].data, samples=samples, seed=seed)
+    stages["counterfactuals"] = counterfactuals(stages["memory"].data, seed=seed)
+    stages["contexts"] = contexts(stages["counterfactuals"].data, documents=documents, seed=seed)
+    if read:
+        stages["reading"] = read_contexts(handle, stages["contexts"].data)
+    return stages
+
+
+def training_data(
+    handle: ModelHandle, method: str, items: Stage, *, config: KnowPOConfig | None = None, seed: int = 0
+) -> TrainingData:
+    """The data of one method of ``METHODS``.
+
+    Raises:
+        ConfigError: There is no such method.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"unknown training {method!r}; use {', '.join(METHODS)}")
+    config = config or KnowPOConfig()
+    if method == "knowpo":
+        return knowpo_data(handle, items, config, seed=seed)
+    stages = prepare(handle, items, documents=config.documents, samples=config.samples, read=True, seed=seed)
+    data = stages["reading"].data
+    if method == "notes":
+        stages["notes"] = note_rows(handle, data)
+        return TrainingData(stages["notes"].data, None, stages)
+    stages[method] = RECIPES[method](handle, data)
+    return TrainingData(None, stages[method].data, stages)
+
+
+def evaluate_preference(request: EvaluationRequest) -> dict[str, Any]:
+    """``knowlab eval preference``: adherence, robustness and what else ``preference_metrics`` holds, with cells and rows."""
+    limit = request.limit or 100
+    items = question_items(request.data, split=request.split, limit=limit, seed=request.seed)
+    stages = prepare(request.handle, items, seed=request.seed)
+    rows: Sequence[dict[str, Any]] = observe(request.handle, stages["contexts"].data)
+    return {
+        "data": request.data or "atlas",
+        "n": len(rows),
+        "cells": cells(rows),
+        "metrics": {name: found.to_json() for name, found in preference_metrics(rows).items()},
+        "manifests": {name: dict(stage.manifest) for name, stage in stages.items()},
+        "rows": rows,
+    }

@@ -1,0 +1,269 @@
+"""Questions with a passage that answers them: from the built-in world, SQuAD-like, MRQA-like and flat files.
+
+An item is a row with the fields of ``item``. ``memory`` holds the answers that the model's own memory should give: the right
+ones, or, for a model that carries an edit, the edited one (``with_edits``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.data import read_rows
+from lab.data.source import Row
+from lab.data.text import distinct, normalize_answer
+from lab.errors import DataError
+from rag.preference.stage import Dataset, Record, Stage, draw_for, finish, records
+
+if TYPE_CHECKING:
+    from lab.atlas.world import World
+    from lab.records import Fact
+
+_NUMBER = re.compile(r"[\d.,\s%-]*\d[\d.,\s%-]*")
+_YEAR = re.compile(
+    r"(?:\d{1,2}\s+)?(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*\b.*\d|(?:1\d|20)\d\d",
+    re.IGNORECASE,
+)
+
+
+def item(
+    id: str,
+    question: str,
+    passage: str,
+    answers: Sequence[str],
+    *,
+    title: str = "",
+    subject: str = "",
+    relation: str = "",
+    cloze: str = "",
+    answerable: bool = True,
+    source: str = "",
+    counterfactual: str = "",
+) -> Record:
+    """One item as a row.
+
+    Args:
+        id: Unique in its source.
+        question: As asked.
+        passage: States the answer where ``answerable``; is about the same title otherwise.
+        answers: Right answers, the main one first; empty where nobody can know.
+        title: What passages are grouped and split by; the question's own id without one.
+        subject: Whom it is about, where known.
+        relation: Named relation of the answer, where known; it is then the answer's type.
+        cloze: The statement without its object, where known: what edits name a fact by.
+        answerable: Whether the passage states the answer.
+        source: Where it comes from.
+        counterfactual: A wrong answer that the source brings along.
+    """
+    found = list(distinct(list(answers)))
+    return {
+        "id": id,
+        "question": question.strip(),
+        "passage": " ".join(passage.split()),
+        "title": title or id,
+        "answers": found,
+        "memory": found,
+        "answer_type": relation or answer_type(found[0] if found else ""),
+        "relation": relation,
+        "subject": subject,
+        "cloze": cloze,
+        "answerable": answerable,
+        "source": source,
+        "given_counterfactual": counterfactual,
+    }
+
+
+def answer_type(answer: str) -> str:
+    """``date``, ``number``, ``name`` (capitals) or ``other``: a coarse type, so that a year never stands in for a person."""
+    text = answer.strip()
+    if _YEAR.fullmatch(text):
+        return "date"
+    if _NUMBER.fullmatch(text):
+        return "number"
+    if re.search(r"[㐀-鿿]", text):
+        return "cjk"
+    return "name" if text[:1].isupper() else "other"
+
+
+def atlas_items(
+    world: World, facts: Sequence[Fact], *, seed: int = 0, strangers: float = 0.25, limit: int | None = None
+) -> Stage:
+    """Items about the built-in world: known facts, and invented people whom no model can know.
+
+    Args:
+        world: The world.
+        facts: The known facts to ask for, for example those of one split.
+        seed: Draws wordings, order and strangers.
+        strangers: Number of strangers' items per known item.
+        limit: Known items at most.
+    """
+    from lab.atlas.forms import load_format
+
+    format, rng = load_format(), draw_for(seed, "atlas")
+    chosen = list(facts)
+    rng.shuffle(chosen)
+    chosen = chosen[:limit]
+    rows = []
+
+    def add(fact: Fact, siblings: Sequence[Fact], id: str, memory: bool) -> None:
+        question = rng.choice(format.relations[fact.relation].questions).replace("{}", fact.subject)
+        told = [fact, *rng.sample(list(siblings), min(len(siblings), rng.choice((0, 0, 1))))]
+        rng.shuffle(told)
+        passage = " ".join(f"{format.statement(each)}." for each in told)
+        row = item(
+            id,
+            question,
+            passage,
+            fact.answers,
+            title=fact.subject,
+            subject=fact.subject,
+            relation=fact.relation,
+            cloze=fact.text if fact.prompt else "",
+            source="atlas",
+        )
+        rows.append(row if memory else row | {"memory": []})
+
+    for fact in chosen:
+        add(fact, world.same_subject(fact), fact.id, True)
+    for number in range(round(strangers * len(chosen))):
+        invented = world.invented(rng, rng.choice(("person", "firm", "work")))
+        fact = rng.choice(invented)
+        rest = [other for other in invented if other.relation != fact.relation]
+        add(fact, rest, f"stranger/{number}/{fact.relation}/{fact.subject}", False)
+    return finish("items", len(facts), rows, seed=seed, strangers=strangers, limit=limit, source="atlas")
+
+
+def read_items(path: str | Path, *, limit: int | None = None) -> Stage:
+    """Items of a file: SQuAD (1 or 2), MRQA JSON lines, flat ``question, answers, context`` rows, KnowPO's processed files.
+
+    Raises:
+        DataError: The file is of none of these forms, or a row breaks its schema (names file and line).
+    """
+    rows: list[Record] = []
+    came = read_rows(path)
+    for row in came:
+        if row.error is not None:
+            raise row.error
+        rows += _items(row)
+    for number, made in enumerate(rows):
+        made["id"] = made["id"] or str(number)
+    if len({made["id"] for made in rows}) < len(rows):
+        rows = [made | {"id": f"{number}:{made['id']}"} for number, made in enumerate(rows)]
+    return finish("items", len(came), rows[:limit], limit=limit, source=Path(path).name)
+
+
+def _items(row: Row) -> list[Record]:
+    value, source = row.value, Path(row.file).name
+    if isinstance(value.get("data"), list):  # SQuAD's own files: one object around everything
+        return [
+            made
+            for entry in value["data"]
+            for made in _items(replace(row, value=entry if isinstance(entry, dict) else {}))
+        ]
+    if "header" in value and "qas" not in value:  # MRQA files begin with a line about themselves
+        return []
+    if "paragraphs" in value:
+        return [
+            made
+            for paragraph in _list(row, value["paragraphs"], "paragraphs")
+            for made in _questions(row, paragraph, str(value.get("title", "")), source)
+        ]
+    if "qas" in value:
+        return _questions(row, value, str(value.get("title", "")), source)
+    if "doc" in value and "question" in value:
+        return [_knowpo(row, source)]
+    if "question" in value and "answers" in value and "context" in value:
+        context = value["context"]
+        passage = " ".join(context) if isinstance(context, list) else str(context)
+        id = str(value.get("id", value.get("idx", "")))
+        return [item(id, _text(row, "question"), passage, _answers(row, value["answers"]), source=source)]
+    raise DataError(
+        f"a row with {', '.join(sorted(value))} is no SQuAD, MRQA, KnowPO or question-answers-context row",
+        row.file,
+        row.line,
+    )
+
+
+def _questions(row: Row, paragraph: Any, title: str, source: str) -> list[Record]:
+    if not isinstance(paragraph, Mapping) or not isinstance(paragraph.get("context"), str):
+        raise DataError("a paragraph needs a 'context' of text", row.file, row.line)
+    made = []
+    for asked in _list(row, paragraph.get("qas"), "qas"):
+        if not isinstance(asked, Mapping) or not isinstance(asked.get("question"), str):
+            raise DataError("an entry of 'qas' needs a 'question' of text", row.file, row.line)
+        made.append(
+            item(
+                str(asked.get("id", asked.get("qid", ""))),
+                asked["question"],
+                paragraph["context"],
+                _answers(row, asked.get("answers", [])),
+                title=title or paragraph["context"][:40],
+                answerable=not asked.get("is_impossible", False),
+                source=source,
+            )
+        )
+    return made
+
+
+def _knowpo(row: Row, source: str) -> Record:
+    value = row.value
+    documents = _list(row, value["doc"], "doc")
+    unanswerable = value.get("type") == "irrelavant"  # the files' own spelling
+    # Of an irrelevant row the answer is a sentence around what the authors' model remembered.
+    answers = [] if unanswerable else [_text(row, "answer")]
+    made = item(
+        "",
+        _text(row, "question"),
+        str(documents[0]),
+        answers,
+        title=str(value.get("title", "")),
+        answerable=not unanswerable,
+        source=source,
+    )
+    remembered = value.get("inner_answer")
+    return made | ({"memory": [remembered]} if isinstance(remembered, str) and remembered else {})
+
+
+def _answers(row: Row, found: Any) -> list[str]:
+    if isinstance(found, str):
+        return [found]
+    answers: list[str] = []
+    for each in _list(row, found, "answers"):
+        text = each.get("text") if isinstance(each, Mapping) else each
+        answers += _answers(row, text) if isinstance(text, list) else [str(text)]
+    return answers
+
+
+def _list(row: Row, value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise DataError(f"field {name!r} must be a list", row.file, row.line)
+    return value
+
+
+def _text(row: Row, name: str) -> str:
+    if not isinstance(row.value.get(name), str) or not row.value[name].strip():
+        raise DataError(f"field {name!r} must be text that is not empty", row.file, row.line)
+    return row.value[name]
+
+
+def with_edits(data: Dataset, requests: Sequence[Mapping[str, Any]]) -> Stage:
+    """Sets the memory of items that a model's edits speak of: the edited answer is then what it should remember.
+
+    Args:
+        data: Items.
+        requests: Requests as patches record them: ``prompt``, ``subject``, ``target_new``.
+    """
+    edited = {
+        normalize_answer(request["prompt"].replace("{}", request["subject"])): request["target_new"]
+        for request in requests
+        if {"prompt", "subject", "target_new"} <= set(request)
+    }
+    rows = []
+    for row in records(data):
+        target = edited.get(normalize_answer(row["cloze"])) if row["cloze"] else None
+        rows.append(row | {"edited": target is not None} | ({"memory": [target]} if target else {}))
+    found = sum(row["edited"] for row in rows)
+    return finish("edits", len(rows), rows, edits=len(edited), found=found)

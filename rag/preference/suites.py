@@ -1,0 +1,243 @@
+"""How a model chooses between memory and documents: rows of what it said, and every figure as a function of rows.
+
+A row has ``item_id, cell, context, grade, prior_known, prediction, matched {ctx, par, gold}, abstained, copied`` and, where they
+apply, ``trust, twin, quadrant, wanted``. A figure over rows that do not exist is ``NOTHING``, never 0.
+
+The measures of Divide-Then-Align are those of arXiv:2505.20871; adherence and robustness are KnowPO's (arXiv:2408.03297), by
+our rule of matching, as the paper's is not written down in its code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lab.eval.stats import NOTHING, Estimate, summarise
+from lab.records import Passage
+from rag.preference.match import find_spans, says
+from rag.preference.stage import Dataset, Record, records
+
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
+    from rag.readers.base import Reader
+
+Row = Mapping[str, Any]
+_WITH_ANSWER = ("related", "conflict")
+
+
+def observe(handle: ModelHandle, data: Dataset, reader: Reader | None = None) -> list[Record]:
+    """Asks the model every context and says what its answer matches.
+
+    Args:
+        handle: The model, with its patches.
+        data: Contexts, as ``passages.contexts`` makes them: with memory and answers.
+        reader: How it is asked; the direct reader without one.
+    """
+    if reader is None:
+        from rag.readers.prompted import DirectReader
+
+        reader = DirectReader(handle)
+    contexts = records(data)
+    items = [(row["question"], [Passage("", text) for text in row["documents"]]) for row in contexts]
+    rows = []
+    for row, reading in zip(contexts, reader.read_many(items), strict=True):
+        par = [*row["memory"], *([row["prior"]] if row["prior_known"] else [])]
+        rows.append(judged(row, reading.answer, known=reading.known, par=par))
+    return rows
+
+
+def judged(context: Row, prediction: str, *, known: bool, par: Sequence[str]) -> Record:
+    """The row of one answer.
+
+    Args:
+        context: The context that was asked.
+        prediction: The answer.
+        known: Whether it says anything.
+        par: Answers of the model's memory.
+    """
+    told = "\n".join(context["documents"])
+    from_memory = known and says(prediction, par)
+    supported = context["context"] == "related"
+    quadrant = (
+        f"{'known' if context['prior_known'] else 'unknown'}/{'supported' if supported else 'unsupported'}"
+    )
+    return {
+        "item_id": context["id"],
+        "cell": f"{context['context']}/{context['grade']}",
+        "context": context["context"],
+        "grade": context["grade"],
+        "prior_known": bool(context["prior_known"]),
+        "prediction": prediction,
+        "matched": {
+            "ctx": known and says(prediction, context["context_answers"]),
+            "par": from_memory,
+            "gold": known and says(prediction, context["answers"]),
+        },
+        "abstained": not known,
+        "copied": known and not from_memory and bool(find_spans(told, [prediction])),
+        # In Divide-Then-Align a document that contradicts what is true is noise.
+        "quadrant": quadrant,
+    }
+
+
+def rate(values: Iterable[object]) -> Estimate:
+    """The share of true values, with its 95 % interval; ``NOTHING`` over none."""
+    return summarise([float(bool(value)) for value in values])
+
+
+def adherence(rows: Sequence[Row]) -> Estimate:
+    """Share of contexts that hold an answer which are answered from it."""
+    return rate(row["matched"]["ctx"] for row in rows if row["context"] in _WITH_ANSWER)
+
+
+def adherence_strict(rows: Sequence[Row]) -> Estimate:
+    """``adherence``, where an answer that also gives memory's does not count; contexts that contradict memory only."""
+    chosen = [row for row in rows if row["context"] == "conflict"]
+    return rate(row["matched"]["ctx"] and not row["matched"]["par"] for row in chosen)
+
+
+def robustness(rows: Sequence[Row]) -> Estimate:
+    """Share of irrelevant contexts answered from memory where it knows, and with an admission where it does not."""
+    chosen = [row for row in rows if row["context"] == "irrelevant"]
+    return rate(row["matched"]["par"] if row["prior_known"] else row["abstained"] for row in chosen)
+
+
+def contextual_ignorance(rows: Sequence[Row]) -> Estimate:
+    """Share of contradicting contexts answered from memory or not at all."""
+    chosen = [row for row in rows if row["context"] == "conflict"]
+    return rate(not row["matched"]["ctx"] and (row["matched"]["par"] or row["abstained"]) for row in chosen)
+
+
+def contextual_overinclusion(rows: Sequence[Row]) -> Estimate:
+    """Share of irrelevant contexts answered with words of theirs that are not memory's answer."""
+    return rate(row["copied"] for row in rows if row["context"] == "irrelevant")
+
+
+def memorisation_ratio(rows: Sequence[Row]) -> Estimate:
+    """Of the contradicted contexts answered from memory or from the context, the share from memory: Po / (Po + Pc)."""
+    chosen = [row for row in rows if row["context"] == "conflict"]
+    decided = [row for row in chosen if row["matched"]["par"] != row["matched"]["ctx"]]
+    return rate(row["matched"]["par"] for row in decided)
+
+
+def divide_then_align(rows: Sequence[Row]) -> dict[str, Estimate]:
+    """The nine measures of Divide-Then-Align; every row but those known/unsupported by a lie counts by its quadrant.
+
+    ``accuracy`` over all, an unanswerable row being right when it abstains; ``recall``, ``precision`` and ``f1`` over answers;
+    ``denoise`` over known/unsupported, ``utilisation`` over unknown/supported; ``abstain_recall``, ``abstain_precision`` and
+    ``abstain_f1`` over unknown/unsupported.
+    """
+    hopeless = [row for row in rows if row["quadrant"] == "unknown/unsupported"]
+    answerable = [row for row in rows if row["quadrant"] != "unknown/unsupported"]
+    given = [row for row in rows if not row["abstained"]]
+    withheld = [row for row in rows if row["abstained"]]
+
+    def gold(row: Row) -> bool:
+        # Where nothing tells the answer a lucky guess is no knowledge.
+        return row["quadrant"] != "unknown/unsupported" and bool(row["matched"]["gold"])
+
+    def within(quadrant: str) -> Estimate:
+        return rate(gold(row) for row in rows if row["quadrant"] == quadrant)
+
+    recall, precision = rate(map(gold, answerable)), rate(map(gold, given))
+    abstain_recall = rate(row["abstained"] for row in hopeless)
+    abstain_precision = rate(row["quadrant"] == "unknown/unsupported" for row in withheld)
+    return {
+        "accuracy": rate(row["abstained"] if row in hopeless else gold(row) for row in rows),
+        "recall": recall,
+        "precision": precision,
+        "f1": _f1(recall, precision, len(rows)),
+        "denoise": within("known/unsupported"),
+        "utilisation": within("unknown/supported"),
+        "abstain_recall": abstain_recall,
+        "abstain_precision": abstain_precision,
+        "abstain_f1": _f1(abstain_recall, abstain_precision, len(rows)),
+    }
+
+
+def _f1(recall: Estimate, precision: Estimate, n: int) -> Estimate:
+    """Harmonic mean of two shares; its interval runs between those of the two ends, which is wide rather than wrong."""
+    if recall.mean is None or precision.mean is None:
+        return NOTHING
+
+    def joined(one: float | None, two: float | None) -> float:
+        one, two = one or 0.0, two or 0.0
+        return 2 * one * two / (one + two) if one + two else 0.0
+
+    return Estimate(
+        joined(recall.mean, precision.mean),
+        joined(recall.low, precision.low),
+        joined(recall.high, precision.high),
+        n,
+    )
+
+
+def flip_rate(rows: Sequence[Row]) -> Estimate:
+    """Of the items asked under several trust tags, the share that gives the wanted answer (``right``) under every one."""
+    groups: dict[str, list[bool]] = {}
+    for row in rows:
+        if row.get("trust"):
+            groups.setdefault(str(row["item_id"]), []).append(bool(row["right"]))
+    return rate(all(found) for found in groups.values() if len(found) > 1)
+
+
+def abstention(rows: Sequence[Row]) -> dict[str, Estimate]:
+    """Admissions on unanswerable questions, against their answerable twins: a model that always refuses wins nothing.
+
+    Rows have ``twin`` (what both share), ``answerable``, ``abstained`` and ``right``.
+    """
+    twins: dict[str, dict[bool, Row]] = {}
+    for row in rows:
+        twins.setdefault(str(row["twin"]), {})[bool(row["answerable"])] = row
+    both = [found for found in twins.values() if len(found) == 2]
+    return {
+        "admitted": rate(row["abstained"] for row in rows if not row["answerable"]),
+        "over_abstained": rate(row["abstained"] for row in rows if row["answerable"]),
+        "twins_right": rate(found[False]["abstained"] and found[True]["right"] for found in both),
+    }
+
+
+def preference_metrics(rows: Sequence[Row]) -> dict[str, Estimate]:
+    """All figures of ``observe``'s rows; ``error`` is the sum of both error rates, with the wider interval."""
+    ignorance, overinclusion = contextual_ignorance(rows), contextual_overinclusion(rows)
+    return {
+        "adherence": adherence(rows),
+        "adherence_strict": adherence_strict(rows),
+        "robustness": robustness(rows),
+        "contextual_ignorance": ignorance,
+        "contextual_overinclusion": overinclusion,
+        "memorisation_ratio": memorisation_ratio(rows),
+        **{f"dta_{name}": found for name, found in divide_then_align(rows).items()},
+    }
+
+
+def cells(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Counts and shares by cell: context and grade."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["cell"], []).append(row)
+    return {
+        name: {
+            "n": len(group),
+            "context": rate(row["matched"]["ctx"] for row in group).to_json(),
+            "memory": rate(row["matched"]["par"] for row in group).to_json(),
+            "abstained": rate(row["abstained"] for row in group).to_json(),
+            "copied": rate(row["copied"] for row in group).to_json(),
+        }
+        for name, group in sorted(found.items())
+    }
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """The exact two-sided p value that two methods are right equally often on the same rows.
+
+    Args:
+        first: Whether one method is right, row by row.
+        second: The other, in the same order.
+    """
+    one = sum(a and not b for a, b in zip(first, second, strict=True))
+    two = sum(b and not a for a, b in zip(first, second, strict=True))
+    n = one + two
+    tail = sum(math.comb(n, k) for k in range(min(one, two) + 1)) / 2**n
+    return min(1.0, 2 * tail)

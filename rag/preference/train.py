@@ -1,0 +1,368 @@
+"""SFT, then DPO, of an adapter through TRL; the reference is the model as it stands, edits included.
+
+The traps of TRL that are guarded here: a reference that is loaded again from disk without the edits (the first step's loss is
+then not ln 2), rows that are left out or cut without a word, half precision and gradient checkpointing by default.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from lab.errors import ConfigError, DataError, MissingDependencyError, PatchError
+from lab.patch import Provenance, WeightPatch, library_versions
+from lab.records import write_text_atomically
+from lab.training import Reference, fit, training_defaults
+from rag.decoding.contrast import position_limit
+from rag.preference.check import PAIR_FIELDS, SFT_FIELDS, check_rows
+from rag.preference.knowpo import TrainingData
+from rag.preference.stage import Dataset, Record, digest, records, to_dataset
+
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
+
+Curve = list[dict[str, float]]
+Report = Callable[[str, int, int], None]
+_FIRST_LOSS = math.log(2)
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an adapter is trained. The rates are ours; KnowPO prints none.
+
+    Attributes:
+        rank, alpha, dropout: The LoRA adapter.
+        targets: Modules that it adapts; all linear ones but the output layer.
+        sft_lr, sft_epochs: First step.
+        dpo_lr, dpo_epochs, beta: Second step.
+        loss: Losses of the second step as TRL names them, summed with ``loss_weights``. Without the SFT term abstention and
+            accuracy break down (Divide-Then-Align, arXiv:2505.20871).
+        loss_weights: One weight a loss.
+        batch_size, accumulation: Rows in a step: their product.
+        max_steps: Ends each step early.
+        max_length: Longest row in tokens; the model's own limit without it.
+        gradient_checkpointing: Saves memory for time.
+        save_steps: Steps between checkpoints, where there is a work folder.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    sft_lr: float = 1e-4
+    sft_epochs: float = 2.0
+    dpo_lr: float = 2e-5
+    dpo_epochs: float = 1.0
+    beta: float = 0.1
+    loss: tuple[str, ...] = ("sigmoid", "sft")
+    loss_weights: tuple[float, ...] = (1.0, 0.5)
+    batch_size: int = 8
+    accumulation: int = 1
+    max_steps: int | None = None
+    max_length: int | None = None
+    gradient_checkpointing: bool = False
+    save_steps: int = 50
+
+    def __post_init__(self) -> None:
+        if len(self.loss) != len(self.loss_weights) or not self.loss:
+            raise ConfigError(
+                f"{len(self.loss)} losses need as many weights, there are {len(self.loss_weights)}"
+            )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training made.
+
+    Attributes:
+        patch: The adapter: both steps as one patch on the model with its edits.
+        curves: Step (``sft``, ``dpo``) to what was logged at every update.
+    """
+
+    patch: WeightPatch
+    curves: Mapping[str, Curve]
+
+
+def train_preference(
+    handle: ModelHandle,
+    data: TrainingData,
+    config: TrainConfig | None = None,
+    *,
+    method: str = "knowpo",
+    work: str | Path | None = None,
+    seed: int = 0,
+    progress: Report | None = None,
+) -> Trained:
+    """Trains an adapter on SFT rows, then on pairs; either may be absent. The model stays as it was.
+
+    Args:
+        handle: The model, with its edits applied: they are the patch's parents.
+        data: What to train on.
+        config: Settings.
+        method: For the provenance.
+        work: Folder of checkpoints. A run that was interrupted goes on from there; a finished one leaves nothing to do again.
+        seed: Of the adapter's start and the order of rows.
+        progress: Told about every update.
+
+    Raises:
+        DataError: A row cannot be trained on, see ``check_rows``.
+        PatchError: The reference is not the model that is trained.
+        ConfigError: ``work`` belongs to another run; there is nothing to train on.
+    """
+    config = config or TrainConfig()
+    try:
+        import peft
+        import trl
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "trl", "preference training", "train") from None
+    del peft, trl
+    steps = [("sft", data.sft), ("dpo", data.pairs)]
+    chosen = {name: _plain(rows, name) for name, rows in steps if rows is not None}
+    if not chosen:
+        raise ConfigError("there is nothing to train on: neither SFT rows nor pairs")
+    limit = min(filter(None, (config.max_length, position_limit(handle))))
+    lengths = {
+        name: check_rows(
+            rows, handle.tokenizer, SFT_FIELDS if name == "sft" else PAIR_FIELDS, max_length=limit
+        )
+        for name, rows in chosen.items()
+    }
+    with TemporaryDirectory() as temporary:
+        place = Path(work or temporary)
+        _claim(place, handle, chosen, config, seed)
+        curves: dict[str, Curve] = {}
+        patch: WeightPatch | None = None
+        for name, rows in chosen.items():
+            run = _Step(handle, name, rows, lengths[name], config, place, seed, work is not None, progress)
+            if patch is None:
+                patch, curves[name] = run.train(method)
+            else:
+                with patch.applied(handle):
+                    second, curves[name] = run.train(method)
+                patch = patch + second
+    assert patch is not None
+    notes = {"rows": {name: len(rows) for name, rows in chosen.items()}, "curves": curves}
+    provenance = Provenance(method, _settings(config), (), seed, library_versions(), notes)
+    return Trained(replace(patch, provenance=provenance), curves)
+
+
+def _plain(data: Dataset, name: str) -> list[Record]:
+    fields = SFT_FIELDS if name == "sft" else PAIR_FIELDS
+    return [{field: row.get(field) for field in fields} for row in records(data)]
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def _claim(
+    place: Path, handle: ModelHandle, rows: Mapping[str, list[Record]], config: TrainConfig, seed: int
+) -> None:
+    """Makes the work folder this run's own, or finds that it is."""
+    run = {
+        "state": handle.state,
+        "data": {name: digest(each) for name, each in rows.items()},
+        "config": _settings(config),
+        "seed": seed,
+    }
+    file = place / "run.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != run:
+        raise ConfigError(
+            f"the work folder {place} belongs to a run with another model, data or settings; choose another"
+        )
+    write_text_atomically(file, json.dumps(run, indent=2))
+
+
+@dataclass(frozen=True)
+class _Step:
+    handle: ModelHandle
+    name: str
+    rows: list[Record]
+    length: int
+    config: TrainConfig
+    place: Path
+    seed: int
+    keep: bool
+    progress: Report | None
+
+    def train(self, method: str) -> tuple[WeightPatch, Curve]:
+        done = self.place / f"{self.name}-done"
+        if (done / "patch.json").is_file():
+            patch = WeightPatch.load(done)
+            return patch, patch.provenance.extra["curve"]
+        from peft import LoraConfig
+
+        config, made = self.config, []
+        targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
+
+        def make(model: Any, reference: Reference) -> Any:
+            del reference  # TRL switches the adapter off by itself
+            made.append(self.trainer(model))
+            return made[0]
+
+        patch = fit(
+            self.handle,
+            make,
+            lora=lora,
+            method=f"{method}-{self.name}",
+            config=_settings(config),
+            seed=self.seed,
+            resume=last_checkpoint(self.place / self.name),
+        )
+        curve = [
+            {key: float(value) for key, value in entry.items() if isinstance(value, (int, float))}
+            for entry in made[0].state.log_history
+            if "loss" in entry
+        ]
+        note = replace(patch.provenance, extra={**patch.provenance.extra, "curve": curve})
+        patch = replace(patch, provenance=note)
+        if self.keep:
+            patch.save(done, overwrite=True)
+        return patch, curve
+
+    def trainer(self, model: Any) -> Any:
+        """The trainer of this step for a model with a fresh adapter."""
+        arguments = self.arguments()
+        if self.name == "sft":
+            from trl.trainer.sft_config import SFTConfig
+            from trl.trainer.sft_trainer import SFTTrainer
+
+            settings = {"learning_rate": self.config.sft_lr, "num_train_epochs": self.config.sft_epochs}
+            trainer: Any = SFTTrainer(
+                model=model,
+                args=SFTConfig(**arguments, **settings, completion_only_loss=True),
+                train_dataset=to_dataset(self.rows),
+                processing_class=self.handle.tokenizer,
+            )
+        else:
+            trainer = preference_trainer(self.handle, model, self.rows, self.config, arguments)
+        check_kept(trainer, len(self.rows))
+        if self.progress is not None:
+            trainer.add_callback(_telling(self.name, self.progress))
+        return trainer
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of TRL's config, but for the rates."""
+        config = self.config
+        arguments = training_defaults(self.handle, self.place / self.name, seed=self.seed) | {
+            "per_device_train_batch_size": config.batch_size,
+            "gradient_accumulation_steps": config.accumulation,
+            "gradient_checkpointing": config.gradient_checkpointing,
+            "max_steps": config.max_steps or -1,
+            "max_length": self.length,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.1,
+        }
+        if self.keep:
+            saving = {"save_strategy": "steps", "save_steps": config.save_steps, "save_total_limit": 2}
+            arguments |= saving
+        return arguments
+
+
+def preference_trainer(
+    handle: ModelHandle,
+    model: Any,
+    rows: list[Record],
+    config: TrainConfig,
+    arguments: Mapping[str, Any],
+    *,
+    reference: Any = None,
+) -> Any:
+    """TRL's DPO trainer on a model with a fresh adapter, with a guard on its reference.
+
+    Args:
+        handle: Gives the tokenizer.
+        model: The model with its adapter, as ``fit`` makes it.
+        rows: Pairs.
+        config: Losses and rate.
+        arguments: Further arguments of ``DPOConfig``.
+        reference: Another model to compare with; the guard refuses one that is not the model itself.
+    """
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    settings = {
+        "learning_rate": config.dpo_lr,
+        "num_train_epochs": config.dpo_epochs,
+        "beta": config.beta,
+        "loss_type": list(config.loss),
+        "loss_weights": list(config.loss_weights),
+    }
+    trainer: Any = DPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=DPOConfig(**{**arguments, **settings}),
+        train_dataset=to_dataset(rows),
+        processing_class=handle.tokenizer,
+    )
+    # TRL copies the adapter as its reference. Without the copy it switches the adapter off, which is the same and smaller.
+    if "ref" in getattr(model, "peft_config", {}):
+        model.delete_adapter("ref")
+    trainer.add_callback(_reference_guard(config))
+    return trainer
+
+
+def check_kept(trainer: Any, rows: int) -> None:
+    """Refuses a trainer that left rows out.
+
+    Raises:
+        DataError: It holds fewer rows than it was given.
+    """
+    kept = len(trainer.train_dataset)
+    if kept != rows:
+        raise DataError(f"the trainer left out {rows - kept} of {rows} rows; their prompts fill max_length")
+
+
+def _reference_guard(config: TrainConfig) -> Any:
+    from transformers import TrainerCallback
+
+    class Guard(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+            if state.global_step != 1 or "rewards/chosen" not in (logs or {}):
+                return
+            rewards = [float(logs["rewards/chosen"]), float(logs["rewards/rejected"])]
+            off = max(map(abs, rewards))
+            if config.loss == ("sigmoid",) and config.loss_weights == (1.0,):
+                off = max(off, abs(float(logs["loss"]) - _FIRST_LOSS))
+            if not off <= _TOLERANCE:
+                raise PatchError(
+                    f"before its first update the model differs from its reference (rewards {rewards[0]:.4f} and "
+                    f"{rewards[1]:.4f}, loss {float(logs['loss']):.4f} where ln 2 is due): the reference must be the same model "
+                    "with its edits and the adapter off"
+                )
+
+    return Guard()
+
+
+def _telling(name: str, progress: Report) -> Any:
+    from transformers import TrainerCallback
+
+    class Telling(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            progress(name, int(state.global_step), int(state.max_steps))
+
+    return Telling()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run; a checkpoint that was being written when the run died is passed over."""
+    found = [
+        (int(place.name.rsplit("-", 1)[1]), place)
+        for place in folder.glob("checkpoint-*")
+        # The trainer writes its state last.
+        if place.name.rsplit("-", 1)[1].isdigit() and (place / "trainer_state.json").is_file()
+    ]
+    return max(found)[1] if found else None

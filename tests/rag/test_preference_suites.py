@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import pytest
+
+from lab.eval.stats import NOTHING
+from rag.preference import suites
+
+
+def row(context: str, *, ctx=0, par=0, gold=0, abstained=0, copied=0, known=True, item="a", **more):
+    supported = "supported" if context == "related" else "unsupported"
+    return {
+        "item_id": item,
+        "cell": f"{context}/easy",
+        "context": context,
+        "grade": "easy",
+        "prior_known": known,
+        "matched": {"ctx": bool(ctx), "par": bool(par), "gold": bool(gold)},
+        "abstained": bool(abstained),
+        "copied": bool(copied),
+        "quadrant": f"{'known' if known else 'unknown'}/{supported}",
+        **more,
+    }
+
+
+ROWS = [
+    row("related", ctx=1, gold=1, par=1),
+    row("related", ctx=1, gold=1, known=False),
+    row("related", abstained=1, known=False),
+    row("conflict", ctx=1),
+    row("conflict", par=1, gold=1),
+    row("conflict", abstained=1),
+    row("conflict"),
+    row("irrelevant", par=1, gold=1),
+    row("irrelevant", copied=1),
+    row("irrelevant", abstained=1, known=False),
+    row("irrelevant", copied=1, known=False),
+]
+
+
+def test_adherence_robustness_and_the_errors_by_hand():
+    found = suites.preference_metrics(ROWS)
+    by_hand = {
+        "adherence": (3 / 7, 7),
+        "adherence_strict": (1 / 4, 4),
+        "robustness": (2 / 4, 4),
+        "contextual_ignorance": (2 / 4, 4),
+        "contextual_overinclusion": (2 / 4, 4),
+        "memorisation_ratio": (1 / 2, 2),
+    }
+    for name, (mean, n) in by_hand.items():
+        assert (found[name].mean, found[name].n) == (pytest.approx(mean), n), name
+    assert suites.adherence([]) == NOTHING
+
+
+def test_the_nine_measures_by_hand():
+    found = suites.divide_then_align(ROWS)
+    # Right: related 1, 2; conflict 5; irrelevant 8; and 10 abstains where nothing is known.
+    assert found["accuracy"].mean == pytest.approx(5 / 11)
+    assert found["recall"].mean == pytest.approx(4 / 9)
+    assert found["precision"].mean == pytest.approx(4 / 8)
+    assert found["f1"].mean == pytest.approx(2 * 4 / 9 * 0.5 / (4 / 9 + 0.5))
+    assert (found["denoise"].mean, found["denoise"].n) == (pytest.approx(2 / 6), 6)
+    assert (found["utilisation"].mean, found["utilisation"].n) == (pytest.approx(1 / 2), 2)
+    assert found["abstain_recall"].mean == pytest.approx(1 / 2)
+    assert found["abstain_precision"].mean == pytest.approx(1 / 3)
+    assert found["abstain_f1"].mean == pytest.approx(0.4)
+
+
+def test_flips_twins_and_the_paired_test_by_hand():
+    tagged = [
+        row("conflict", item="a", trust="verified", right=True),
+        row("conflict", item="a", trust="unverified", right=True),
+        row("conflict", item="b", trust="verified", right=True),
+        row("conflict", item="b", trust="unverified", right=False),
+        row("conflict", item="c", trust="verified", right=True),
+    ]
+    assert (suites.flip_rate(tagged).mean, suites.flip_rate(tagged).n) == (0.5, 2)
+    twins = [
+        {"twin": "a", "answerable": True, "abstained": False, "right": True},
+        {"twin": "a", "answerable": False, "abstained": True, "right": True},
+        {"twin": "b", "answerable": True, "abstained": True, "right": False},
+        {"twin": "b", "answerable": False, "abstained": True, "right": True},
+    ]
+    found = suites.abstention(twins)
+    assert (found["admitted"].mean, found["over_abstained"].mean, found["twins_right"].mean) == (
+        1.0,
+        0.5,
+        0.5,
+    )
+    assert suites.mcnemar([True] * 6, [False] * 6) == pytest.approx(2 / 64)
+    assert suites.mcnemar([True, False], [False, True]) == 1.0
+
+
+def test_an_answer_is_judged_by_what_it_matches():
+    context = {
+        "id": "a",
+        "context": "conflict",
+        "grade": "hard",
+        "documents": ["Ada lives in Rome.", "Bo lives in Oslo."],
+        "context_answers": ["Rome"],
+        "answers": ["Paris"],
+        "prior_known": True,
+    }
+    said = {
+        word: suites.judged(context, word, known=word != "unknown", par=["Paris"])
+        for word in ("Rome", "Paris", "Oslo", "unknown")
+    }
+    assert [said[word]["matched"]["ctx"] for word in said] == [True, False, False, False]
+    assert [said[word]["matched"]["par"] for word in said] == [False, True, False, False]
+    assert [said[word]["copied"] for word in said] == [True, False, True, False]
+    assert said["unknown"]["abstained"]
+    assert said["Rome"]["quadrant"] == "known/unsupported"
+    assert suites.cells(list(said.values()))["conflict/hard"]["context"]["mean"] == 0.25
+
+
+def test_every_method_makes_data_that_can_be_trained_on(atlas):
+    if not atlas:
+        pytest.skip("needs the shipped model: a stand-in knows eight capitals")
+    from lab.eval.evaluations import EvaluationRequest
+    from lab.handle import ModelHandle
+    from rag.preference import synthesis
+    from rag.preference.check import PAIR_FIELDS, SFT_FIELDS, check_rows
+    from rag.preference.prepare import evaluate_preference, prepare, question_items
+    from rag.preference.stage import records
+
+    handle = ModelHandle.load("atlas")
+    data = prepare(handle, question_items("atlas", limit=24), read=True)["reading"].data
+    for name, recipe in synthesis.RECIPES.items():
+        rows = records(recipe(handle, data).data)
+        assert check_rows(rows, handle.tokenizer, PAIR_FIELDS, max_length=1024) < 1024, name
+    trust = records(synthesis.trust_pairs(handle, data).data)
+    assert {row["trust"]: row["chosen_answer"] for row in trust[:3]}.keys() == {
+        "verified",
+        "unverified",
+        "superseded",
+    }
+    assert trust[0]["chosen_answer"] == trust[1]["rejected_answer"]
+    cells = {row["cell"] for row in records(synthesis.hierarchy_pairs(handle, data).data)}
+    assert {"I,C,P", "I,P", "C,P", "P", "P,i", "P,c"} <= cells
+    notes = records(synthesis.note_rows(handle, data).data)
+    check_rows(notes, handle.tokenizer, SFT_FIELDS, max_length=1024)
+    assert any("(direct)" in row["completion"] for row in notes)
+
+    found = evaluate_preference(EvaluationRequest(handle, "atlas", "test", 12, 0))
+    for name in ("adherence", "robustness", "contextual_ignorance", "contextual_overinclusion"):
+        assert set(found["metrics"][name]) == {"mean", "low", "high", "n"}
+        assert found["metrics"][name]["n"] > 0
+    assert sum(cell["n"] for cell in found["cells"].values()) == found["n"] == len(found["rows"])

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from lab.arch import Role
+from lab.errors import BaseMismatchError, ConfigError, DataError, MissingParentsError, PatchError
+from lab.patch import Dense, Provenance, WeightPatch
+from lab.patch_io import load_saved
+from lab.training import fit, training_defaults
+from rag.preference.bundle import load_bundle, save_bundle
+from rag.preference.check import PAIR_FIELDS, check_rows, read_training_rows
+from rag.preference.knowpo import TrainingData
+from rag.preference.stage import to_dataset
+from rag.preference.train import TrainConfig, last_checkpoint, preference_trainer, train_preference
+from tests.tiny import tiny_handle, tiny_tokenizer
+
+PAIRS = [
+    {
+        "prompt": f"Document 1: {who} lives in {town}.\nQ: Where?\nA:",
+        "chosen": f" {town}.\n",
+        "rejected": " Tokyo.\n",
+    }
+    for who, town in (("Ada", "Paris"), ("Bo", "Rome"), ("Cy", "Nairobi"), ("Di", "France"))
+]
+SFT = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
+FEW: dict[str, Any] = {"rank": 2, "batch_size": 2, "max_steps": 3, "sft_lr": 1e-2, "dpo_lr": 1e-2}
+
+
+def data(sft: bool = True) -> TrainingData:
+    return TrainingData(to_dataset(SFT) if sft else None, to_dataset(PAIRS), {})
+
+
+def edit_of(handle: Any) -> WeightPatch:
+    weight = handle.weight(Role.MLP_OUT, 1)
+    generator = torch.Generator().manual_seed(5)
+    delta = Dense(torch.randn(weight.shape, generator=generator) * 0.3)
+    return WeightPatch(handle.fingerprint, {weight.name: delta}, Provenance("test"))
+
+
+def test_both_steps_make_one_patch_over_the_edited_model(tmp_path):
+    handle = tiny_handle()
+    edit = edit_of(handle)
+    with edit.applied(handle):
+        before = handle.weights_digest()
+        config = TrainConfig(**FEW, loss=("sigmoid",), loss_weights=(1.0,))
+        trained = train_preference(handle, data(), config, seed=1)
+        assert handle.weights_digest() == before
+        # The reference is the model with its edit and its SFT step: the first loss is that of a coin.
+        assert trained.curves["dpo"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert trained.curves["dpo"][0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+        assert trained.curves["dpo"][-1]["rewards/margins"] > 0
+        assert trained.curves["sft"][-1]["loss"] < trained.curves["sft"][0]["loss"]
+        assert trained.patch.parents == (edit.id,)
+        batch = handle.encode([PAIRS[0]["prompt"]])
+        with trained.patch.applied(handle):
+            logits = handle.logits(batch)
+        saved = save_bundle(tmp_path / "out", handle, trained.patch)
+    card = json.loads((saved / "bundle.json").read_text(encoding="utf-8"))
+    assert card["base"] == handle.fingerprint
+
+    fresh = tiny_handle()
+    for entry in load_bundle(saved, fresh):
+        assert entry.patch.id in (edit.id, trained.patch.id)
+    assert torch.equal(fresh.logits(batch), logits)
+
+    other = tiny_handle(seed=1)
+    with pytest.raises(BaseMismatchError, match="load its base"):
+        load_bundle(saved, other)
+    assert not other.applied
+    # The folder is the adapter's patch as well, and refuses the base without the edit.
+    with pytest.raises(MissingParentsError):
+        load_saved(saved).apply(tiny_handle())
+    with pytest.raises(ConfigError, match="same edits"):
+        save_bundle(tmp_path / "other", handle, trained.patch)
+
+
+def test_the_mixed_loss_keeps_the_guard_quiet_and_checkpointing_leaves_no_trace():
+    handle = tiny_handle()
+    before = handle.weights_digest()
+    trained = train_preference(handle, data(sft=False), TrainConfig(**FEW, gradient_checkpointing=True))
+    first = trained.curves["dpo"][0]
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert first["loss"] > math.log(2) + 0.1
+    assert not handle.model.is_gradient_checkpointing
+    assert not any(
+        parameter.requires_grad and parameter.grad is not None for parameter in handle.model.parameters()
+    )
+    assert handle.weights_digest() == before
+
+
+def test_another_reference_is_refused(tmp_path):
+    from peft import LoraConfig
+
+    handle = tiny_handle()
+    config = TrainConfig(**FEW, loss=("sigmoid",), loss_weights=(1.0,))
+    arguments = training_defaults(handle, tmp_path) | {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "max_length": 64,
+    }
+
+    def make(model: Any, _reference: Any) -> Any:
+        # What a trainer that loads its reference from disk would compare with: the model without its edit.
+        return preference_trainer(handle, model, PAIRS, config, arguments, reference=tiny_handle().model)
+
+    lora = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    with edit_of(handle).applied(handle):
+        before = handle.weights_digest()
+        with pytest.raises(PatchError, match="ln 2"):
+            fit(handle, make, lora=lora)
+        assert handle.weights_digest() == before
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
+    config = TrainConfig(**FEW | {"max_steps": 4}, save_steps=1)
+    whole = train_preference(tiny_handle(), data(), config, work=tmp_path / "whole", seed=2)
+
+    def kill(step: str, done: int, _total: int) -> None:
+        if (step, done) == ("dpo", 3):
+            raise Killed
+
+    work = tmp_path / "work"
+    with pytest.raises(Killed):
+        train_preference(tiny_handle(), data(), config, work=work, seed=2, progress=kill)
+    checkpoint = last_checkpoint(work / "dpo")
+    assert checkpoint is not None and checkpoint.name == "checkpoint-2"
+    steps: list[tuple[str, int]] = []
+    handle = tiny_handle()
+    resumed = train_preference(
+        handle,
+        data(),
+        config,
+        work=work,
+        seed=2,
+        progress=lambda name, done, _total: steps.append((name, done)),
+    )
+    assert steps == [("dpo", 3), ("dpo", 4)]
+    assert [row["loss"] for row in resumed.curves["dpo"]] == [row["loss"] for row in whole.curves["dpo"]]
+    assert resumed.patch.id == whole.patch.id
+    with pytest.raises(ConfigError, match="another model, data or settings"):
+        train_preference(handle, data(), config, work=work, seed=3)
+
+
+BAD = {
+    "chosen equal": ({**PAIRS[0], "rejected": " paris"}, "row 3: chosen and rejected"),
+    "missing": ({"prompt": "Q", "chosen": " a"}, "row 3: field 'rejected'"),
+    "long prompt": ({**PAIRS[0], "prompt": "a b c d " * 40}, "row 3: the prompt alone"),
+    "long row": ({**PAIRS[0], "chosen": " a b c d" * 40}, "row 3: prompt and 'chosen'"),
+    "boundary": ({**PAIRS[0], "prompt": "Q: Where?\nA: ", "chosen": "Paris"}, "row 3: the prompt's last token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_row_that_cannot_be_trained_on_is_named(name, tmp_path):
+    row, message = BAD[name]
+    tokenizer = tiny_tokenizer()
+    if name == "boundary":
+        ids = tokenizer("A: Paris")["input_ids"]
+        assert tokenizer("A: ")["input_ids"] != ids[: len(tokenizer("A: ")["input_ids"])], (
+            "tokens must merge here"
+        )
+    with pytest.raises(DataError, match=message):
+        check_rows([*PAIRS[:2], row], tokenizer, PAIR_FIELDS, max_length=64)
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps(each) for each in [*PAIRS[:2], row]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"pairs.jsonl.*3"):
+        read_training_rows(file, tokenizer, max_length=64)
+
+
+def test_good_files_are_read(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {"instruction": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in PAIRS
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    assert read_training_rows(file, tiny_tokenizer(), max_length=64) == ("pairs", PAIRS)
+    with pytest.raises(ConfigError, match="as many weights"):
+        TrainConfig(loss=("sigmoid",))
