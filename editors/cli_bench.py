@@ -203,7 +203,7 @@ def bench_editing(
         threads=threads if threads is not None else _share(workers),
     )
     files = {cell: out / CELLS / cell_file(cell, options) for cell in cells}
-    rows = {cell: found for cell, file in files.items() if (found := _read(file)) is not None}
+    rows = {cell: found for cell, file in files.items() if (found := read_cell(file)) is not None}
     kept = len(rows)
     with progress() as advance:
         _run([cell for cell in cells if cell not in rows], options, workers, ray, files, rows, advance)
@@ -269,7 +269,7 @@ def _run(
         run_here(cells, options, done)
 
 
-def _read(file: Path) -> Row | None:
+def read_cell(file: Path) -> Row | None:
     """A finished cell; one that cannot be read is run again."""
     try:
         found = jsonlib.loads(file.read_text(encoding="utf-8"))

@@ -31,6 +31,7 @@ from lab.data.tofu import (
     read_text,
 )
 from lab.errors import DataError
+from lab.records import Fact, read_facts
 
 
 @dataclass(frozen=True)
@@ -154,3 +155,52 @@ def load_asked(source: str | Path | HubSource, *, skip_malformed: bool = False) 
     if not items:
         raise DataError(f"not one of its {len(rows)} records can be read", rows[0].file)
     return AskedSet(form.suite, form.name, str(source), tuple(items), len(rows), tuple(broken))
+
+
+QUESTION_PROMPT = "Question: {}\nAnswer:"
+"""How a question of a file is put to a model; beds are trained in it."""
+_PROMPTS = {"continuation": "{}"}
+_ASKABLE = ("qa", "attack", "neighbor_qa", "continuation")
+
+
+def asked_facts(found: AskedSet) -> tuple[Fact, ...]:
+    """Questions and beginnings as facts: what is asked is the subject, what is right the object.
+
+    Clozes whose gap is not at the end, choices and bare texts are no prompts with a continuation, and left out.
+
+    Raises:
+        DataError: Nothing is left.
+    """
+    facts = tuple(
+        Fact(
+            item.prompt.strip(),
+            found.format,
+            item.answer.strip(),
+            _PROMPTS.get(item.group, QUESTION_PROMPT),
+            tuple(answer.strip() for answer in item.answers[1:]),
+            id=item.id,
+            group=item.group,
+        )
+        for item in found
+        if item.group in _ASKABLE and item.prompt.strip() and item.answer.strip()
+    )
+    if not facts:
+        raise DataError(f"holds {found.format}, which asks nothing that an answer follows", found.source)
+    return facts
+
+
+def facts_of(file: str | Path) -> tuple[Fact, ...]:
+    """Facts from a file: a list of facts (JSONL), or of questions and answers in any form that ``load_asked`` reads.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    path = Path(file)
+    if path.is_file():
+        rows = read_rows(path, strings=True)
+        if (
+            not any({"subject", "object"} <= set(row.value) for row in rows)
+            and detect_asked(rows) is not None
+        ):
+            return asked_facts(load_asked(path))
+    return tuple(read_facts(path))
