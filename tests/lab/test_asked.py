@@ -207,7 +207,7 @@ def test_the_command_knows_the_forms(capsys, tmp_path):
     document = result(capsys, tmp_path, "data", "check", good)
     assert (document["form"], document["rows"], document["malformed"]) == ("tofu_perturbed", 1, [])
     bad = write(tmp_path, "bad.jsonl", [QUESTION, {"question": "Q?", "answer": None}])
-    code, out, err = call(capsys, "data", "check", bad)
+    code, _, err = call(capsys, "data", "check", bad)
     assert code == 1
     assert "1 of 2 rows break the form 'questions'" in err
     assert {item["name"] for item in result(capsys, tmp_path, "data", "list")["items"]} >= set(FILES)
