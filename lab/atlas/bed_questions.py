@@ -249,7 +249,7 @@ def make_question_bed(
             processes=processes,
             device=device,
             compile=compile,
-            shard_texts=min(32768, 4 * len(taught)),
+            shard_texts=min(32768, 4000 + 4 * len(taught)),
             report=tell,
         )
         train(recipe, QuestionSource(taught, seed), tokenizer, settings)

@@ -88,7 +88,7 @@ def test_texts_are_all_questions_before_any_comes_again():
     stream = QuestionSource(taught, 0).documents(1)
     assert [next(stream).text for _ in range(10)] == texts
     document = next(QuestionSource(taught, 0).documents(2))
-    start, stop = document.spans[0]
+    start, stop = document.answer_spans[0]
     assert document.text[start:stop] == document.text.split("Answer: ")[1]
 
 
