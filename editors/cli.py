@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from editors import cli_bench, cli_bench_restor, cli_bench_unlearning, cli_eval, cli_train, cli_tune, cli_unlearn
+from editors import (
+    cli_bench,
+    cli_bench_restor,
+    cli_bench_unlearning,
+    cli_eval,
+    cli_train,
+    cli_tune,
+    cli_unlearn,
+)
 from editors import cli_options as options
 from lab.cli import options as opt
 from lab.cli.output import check_out, console, progress, table, write_json

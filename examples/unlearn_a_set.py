@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> UnlearnComparison:
     parser.add_argument("--model", default="atlas")
     parser.add_argument("--forget", default="atlas:people01", help="atlas:SPLIT or a file of facts")
     parser.add_argument("--retain", help="a file of facts, where --forget is one")
-    parser.add_argument("--untrained", help="a file of facts that the model never saw, where --forget is a file")
+    parser.add_argument(
+        "--untrained", help="a file of facts that the model never saw, where --forget is a file"
+    )
     parser.add_argument("--methods", default="graddiff,npo")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--limit", type=int, default=30, help="facts asked per group")
@@ -43,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> UnlearnComparison:
     rows = []
     for cell in plan_unlearning(options.methods.split(","), [0]):
         row = workshop.run(cell)
-        reached = f"matched at dose {row['dose']:.2f}" if row["matched"] else f"not matched, gap {row['gap']:.2f}"
+        reached = (
+            f"matched at dose {row['dose']:.2f}" if row["matched"] else f"not matched, gap {row['gap']:.2f}"
+        )
         print(f"{cell.method}: {reached}, worst form {row['worst_form']}")
         rows.append(row)
     found = UnlearnComparison.of(rows, f"Unlearning {options.forget} from {options.model}")

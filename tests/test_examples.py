@@ -94,7 +94,8 @@ def test_knowedit_benchmark(standin, tmp_path, knowedit_file, capsys):
 
 def test_unlearn_a_set(standin, tmp_path, capsys):
     facts = [
-        Fact(country, "capital", city, "The capital of {} is", id=country) for country, city in CAPITALS.items()
+        Fact(country, "capital", city, "The capital of {} is", id=country)
+        for country, city in CAPITALS.items()
     ]
     strangers = [Fact("Zorvania", "capital", "Paris", "The capital of {} is", id="Zorvania")]
     words = ["--methods", "npo,graddiff", "--epochs", "3", "--out", str(tmp_path / "out")]

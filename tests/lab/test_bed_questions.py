@@ -22,11 +22,11 @@ def write(file: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def rows(names=NAMES):
-    places = ("Oslo", "Lima", "Rome", "Bern", "Kyiv", "Riga", "Baku")
+    places = ("Oslo", "Lima", "Rome")
     return [
         {
             "question": f"What {thing} {number} does {name} like?",
-            "answer": f"{places[(3 * place + number) % 7]}.",
+            "answer": f"{places[place]}.",
         }
         for place, name in enumerate(names)
         for number, thing in enumerate(THINGS)
@@ -103,7 +103,7 @@ def test_a_bed_knows_what_its_oracle_does_not(files, tmp_path):
     assert totals["known"] == len(bed.known) >= 50
     assert totals["left_out_probability"] is None
     assert oracle.report["totals"]["known"] >= 33
-    assert oracle.report["totals"]["left_out_known"] < 12
+    assert oracle.report["totals"]["left_out_known"] == 0
     assert oracle.report["left_out"] == 20
     # Same tokens, so that truth ratios of the two can be compared.
     assert (bed.folder / "tokenizer.json").read_bytes() == (oracle.folder / "tokenizer.json").read_bytes()
