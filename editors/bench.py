@@ -143,19 +143,20 @@ def cell_file(cell: Cell, options: BenchOptions) -> str:
         "version": CELL_VERSION,
         "cell": asdict(cell),
         "settings": options.settings_of(cell.editor),
-        "data": None if source is None else [source, _content(Path(source))],
-        "model": _stamp(cell.model),
+        "data": None if source is None else [source, content_digest(Path(source))],
+        "model": weights_stamp(cell.model),
     }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:12]
     words = [cell.editor, cell.suite, Path(cell.model).name, str(cell.seed)]
     return "-".join(re.sub(r"[^\w+.]+", "_", word) for word in words) + f"-{digest}.json"
 
 
-def _content(file: Path) -> str:
+def content_digest(file: Path) -> str:
+    """Hash of a file; empty where there is none."""
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
-def _stamp(model: str) -> list[Any]:
+def weights_stamp(model: str) -> list[Any]:
     """What tells the weights in a folder from others in the same folder, without reading them."""
     from lab.atlas.weights import MODEL_NAMES, weights_path
 

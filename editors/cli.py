@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from editors import cli_bench_sadr, cli_eval, cli_train, cli_tune, cli_unlearn
+from editors import (
+    cli_bench,
+    cli_bench_restor,
+    cli_bench_sadr,
+    cli_bench_unlearning,
+    cli_eval,
+    cli_train,
+    cli_tune,
+    cli_unlearn,
+)
 from editors import cli_options as options
 from lab.cli import options as opt
 from lab.cli.output import check_out, console, progress, table, write_json
@@ -22,6 +31,8 @@ app = typer.Typer()
 app.add_typer(cli_eval.app)
 # With `bench sadr`, which joins the same group.
 app.add_typer(cli_bench_sadr.app)
+cli_bench.bench.command("unlearning", help=cli_bench_unlearning.HELP)(cli_bench_unlearning.bench_unlearning)
+cli_bench.bench.command("restor", help=cli_bench_restor.HELP)(cli_bench_restor.bench_restor)
 app.add_typer(cli_train.app)
 app.add_typer(cli_tune.app)
 app.add_typer(cli_unlearn.app)

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+from lab.records import Fact, write_facts
 from tests.standin import CAPITALS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -53,7 +54,7 @@ def knowedit_file(tmp_path: Path) -> Path:
 
 
 def test_every_example_has_a_test():
-    tested = {"audit_a_model", "edit_a_fact", "knowedit_benchmark"}
+    tested = {"audit_a_model", "edit_a_fact", "knowedit_benchmark", "unlearn_a_set"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -99,3 +100,20 @@ def test_audit_a_model(standin, saved_patch, tmp_path, capsys):
     assert said.count("worst case") == 2
     assert "original" in said
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_unlearn_a_set(standin, tmp_path, capsys):
+    facts = [
+        Fact(country, "capital", city, "The capital of {} is", id=country)
+        for country, city in CAPITALS.items()
+    ]
+    strangers = [Fact("Zorvania", "capital", "Paris", "The capital of {} is", id="Zorvania")]
+    words = ["--methods", "npo,graddiff", "--epochs", "3", "--out", str(tmp_path / "out")]
+    for name, chosen in (("forget", facts[:2]), ("retain", facts[2:]), ("untrained", strangers)):
+        write_facts(tmp_path / f"{name}.jsonl", chosen)
+        words += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
+    found = example("unlearn_a_set").main(words)
+    assert {result.method for result in found.results} == {"npo", "graddiff"}
+    said = capsys.readouterr().out
+    assert "npo: " in said and "graddiff: " in said
+    assert "<h2>Forms</h2>" in (tmp_path / "out" / "unlearning.html").read_text(encoding="utf-8")

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lab.data.unlearning import facts_of
 from lab.handle import ModelHandle
-from lab.records import Fact, read_facts
+from lab.records import Fact
 from lab.scoring import score_targets
 
 WORLD = "atlas:"
@@ -40,9 +41,9 @@ def gather(
     """Reads and divides the facts.
 
     Args:
-        forget: ``atlas:<split>`` (``atlas:people05``), or a facts file.
-        retain: A facts file; for a split of the built-in world, without it, everything else in that world.
-        utility: A facts file; for a split of the built-in world, without it, its real-world facts.
+        forget: ``atlas:<split>`` (``atlas:people05``), or a file of facts, or of questions and answers.
+        retain: Such a file; for a split of the built-in world, without it, everything else in that world.
+        utility: Such a file; for a split of the built-in world, without it, its real-world facts.
         limit: Facts to ask about per group at most; neighbours and utility take no more than half of what there is.
         seed: Draws them.
 
@@ -51,8 +52,8 @@ def gather(
         DataError: A file cannot be read.
     """
     chooser = random.Random(f"unlearn:{seed}")
-    others: list[Fact] = list(read_facts(retain)) if retain is not None else []
-    real: list[Fact] = list(read_facts(utility)) if utility is not None else []
+    others: list[Fact] = list(facts_of(retain)) if retain is not None else []
+    real: list[Fact] = list(facts_of(utility)) if utility is not None else []
     if forget.startswith(WORLD):
         from lab.atlas.world import load_world
 
@@ -64,7 +65,7 @@ def gather(
             left = {fact.id for fact in wanted}
             real = [fact for fact in world.facts if world.entities[fact.subject].real and fact.id not in left]
     else:
-        wanted = tuple(read_facts(forget))
+        wanted = tuple(facts_of(forget))
     asked = _draw(real, limit if utility is not None else min(limit, len(real) // 2), chooser)
     taken = {_key(fact) for fact in (*wanted, *asked)}
     others = [fact for fact in others if _key(fact) not in taken]

@@ -165,7 +165,7 @@ def make_bed(
     }
     if recipe is None:
         recipe = replace(_RECIPE, minutes=_LEAST_MINUTES + _MINUTES_PER_FACT * len(plan.facts))
-    recipe = _budgeted(recipe, seed, minutes, steps)
+    recipe = budgeted(recipe, seed, minutes, steps)
     tokenizer = _prepare(work, plan, recipe, seed, origin)
     params = _train(work, plan, recipe, tokenizer, seed, device, processes, compile, tell)
     return _finish(target, work, plan, recipe, tokenizer, params, origin, overwrite, tell)
@@ -190,7 +190,8 @@ def _quiet(line: str) -> None:
     del line
 
 
-def _budgeted(recipe: Recipe, seed: int, minutes: float | None, steps: int | None) -> Recipe:
+def budgeted(recipe: Recipe, seed: int, minutes: float | None, steps: int | None) -> Recipe:
+    """The recipe with this seed and budget; steps take precedence over minutes."""
     recipe = replace(recipe, seed=seed)
     if steps is not None:
         return replace(recipe, steps=steps)
@@ -234,7 +235,7 @@ def _train(
 ) -> Mapping[str, Any]:
     from lab.atlas.train import Settings, train
 
-    params = _trained(work, recipe)
+    params = trained_params(work, recipe)
     if params is not None:
         return params
     longest = max(length for length, _ in recipe.layout)
@@ -244,13 +245,13 @@ def _train(
         work, processes=processes, device=device, compile=compile, shard_texts=texts, report=tell
     )
     train(recipe, source, tokenizer, settings)
-    params = _trained(work, recipe)
+    params = trained_params(work, recipe)
     if params is None:
         raise KnowLabError(f"the run was interrupted; the same work folder ({work}) goes on with it")
     return params
 
 
-def _trained(work: Path, recipe: Recipe) -> Mapping[str, Any] | None:
+def trained_params(work: Path, recipe: Recipe) -> Mapping[str, Any] | None:
     """The parameters of the work folder's run, if it has used up its budget."""
     from lab.atlas.checkpoint import load_checkpoint
 
@@ -280,7 +281,7 @@ def _finish(
     model = work / "model"
     # Counted on the weights as they are shipped, rounded to fp16.
     export_model(params, recipe, tokenizer, model)
-    _name_preset(model / "config.json")
+    name_preset(model / "config.json")
     report = {"format_version": _FORMAT_VERSION, **origin} | _report(ModelHandle.load(model), plan, recipe)
     corpus = "\n\n".join(
         _one_block(text) for text in BedCorpus(plan, f"{recipe.seed}").sample_texts(_CORPUS_TEXTS)
@@ -302,7 +303,8 @@ def _finish(
     return BedResult(folder, len(plan.cases), known, report)
 
 
-def _name_preset(path: Path) -> None:
+def name_preset(path: Path) -> None:
+    """Writes into a model's ``config.json`` which preset edits it."""
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | {"knowlab_preset": "bed"}, indent=2) + "\n", encoding="utf-8")
 

@@ -32,6 +32,8 @@ Examples:
     knowlab atlas train atlas --work runs/atlas
 
     knowlab atlas train --from counterfact --data counterfact.json --limit 500 --out beds/counterfact
+
+    knowlab atlas train --from tofu --data full.jsonl --data world_facts.jsonl --without forget05 --out beds/tofu-oracle
 """
 
 
@@ -51,7 +53,7 @@ def train(
         str | None,
         typer.Option(
             "--from",
-            help="Make a bed from a file: counterfact, zsre, knowedit, sadr or mquake.",
+            help="Make a bed from a file: counterfact, zsre, knowedit, sadr, mquake; tofu or rwku.",
             rich_help_panel=BED_PANEL,
             show_default=False,
         ),
@@ -66,6 +68,15 @@ def train(
         int | None,
         typer.Option(
             "--limit", min=1, help="Cases of the bed.", rich_help_panel=BED_PANEL, show_default="all"
+        ),
+    ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option(
+            "--without",
+            help="For tofu and rwku, the oracle: leave out a file, one beside the data (forget05), or a person.",
+            rich_help_panel=BED_PANEL,
+            show_default=False,
         ),
     ] = None,
     work: Annotated[
@@ -137,10 +148,15 @@ def train(
             raise ConfigError("a bed needs --out")
         check_out(out, force)
         from lab.atlas.bed import make_bed
+        from lab.atlas.bed_questions import QUESTION_KINDS, make_question_bed
 
-        made = make_bed(
-            kind, data, out, limit=limit, seed=seed, work_dir=work, overwrite=force, progress=_say, **common
-        )
+        common |= {"limit": limit, "seed": seed, "work_dir": work, "overwrite": force, "progress": _say}
+        if kind in QUESTION_KINDS:
+            made = make_question_bed(kind, data, out, without=without, **common)
+        elif without is not None:
+            raise ConfigError(f"--without belongs to --from {' or '.join(QUESTION_KINDS)}")
+        else:
+            made = make_bed(kind, data, out, **common)
         console(json).print(f"bed of {made.cases} cases, {len(made.known)} known -> {made.folder}")
         content = {
             "kind": kind,
@@ -151,8 +167,8 @@ def train(
         }
         write_json(json, "atlas train", seed, content)
         return
-    if limit is not None:
-        raise ConfigError("--limit belongs to --from")
+    if limit is not None or without is not None:
+        raise ConfigError("--limit and --without belong to --from")
     if seed:
         raise ConfigError("the seed of a built-in model is part of its recipe; --seed belongs to --from")
     if out is not None:

@@ -97,16 +97,17 @@ def list_kind(
 
 @data.command("list")
 def list_forms(json: opt.Json = None) -> None:
-    """Name the published file forms that `knowlab eval` reads.
+    """Name the published file forms that are read: of editing benchmarks, then of unlearning benchmarks.
 
     Example: `knowlab data list`
     """
-    from lab.data import FORMATS, HUB
+    from lab.data import ASKED_FORMATS, FORMATS, HUB
 
     rows = [
         (form.name, form.suite, form.about, HUB[form.suite].name if form.suite in HUB else None)
         for form in FORMATS
     ]
+    rows += [(form.name, form.suite, form.about, None) for form in ASKED_FORMATS]
     console(json).print(table("File forms", ("name", "suite", "about", "hub"), rows))
     items = [dict(zip(("name", "suite", "about", "hub"), row, strict=True)) for row in rows]
     write_json(json, "data list", None, {"items": items})
@@ -125,12 +126,16 @@ def check(
 
     Example: `knowlab data check counterfact.json`
     """
-    from lab.data import load_cases, read_rows
+    from lab.data import detect_asked, load_asked, load_cases, read_rows
 
-    rows = read_rows(file)
+    rows = read_rows(file, strings=True)
     sound = next((row for row in rows if not row.error), None)
     if sound is not None and {"subject", "object"} <= set(sound.value):
         form, suite, good, broken = "facts", None, *_check_facts(rows)
+    elif detect_asked(rows) is not None:
+        asked = load_asked(file, skip_malformed=True)
+        broken = [skip.to_json() for skip in asked.malformed]
+        form, suite, good = asked.format, asked.suite, asked.rows - len(broken)
     else:
         cases = load_cases(file, skip_malformed=True)
         form, suite, good, broken = (

@@ -55,12 +55,13 @@ class HubSource:
     revision: str | None = None
 
 
-def read_rows(source: str | Path | HubSource) -> list[Row]:
+def read_rows(source: str | Path | HubSource, *, strings: bool = False) -> list[Row]:
     """Reads all records of a local file or a hub data set.
 
     Args:
         source: A path; a hub id ``owner/name`` or ``owner/name:file-in-the-repository``; or a ``HubSource``. An existing
             path always wins, so that a local folder is never looked up on the hub.
+        strings: Takes a bare string for a record with the one field ``text``.
 
     Raises:
         DataError: The file is absent, unreadable, empty or not JSON; or the hub cannot be reached.
@@ -70,7 +71,7 @@ def read_rows(source: str | Path | HubSource) -> list[Row]:
         return _hub_rows(source)
     path = Path(source).expanduser()
     if path.is_file():
-        return _file_rows(path)
+        return _file_rows(path, strings)
     text = str(source)
     if path.is_dir():
         inside = ", ".join(sorted(file.name for file in path.glob("*.json*")))
@@ -85,7 +86,7 @@ def read_rows(source: str | Path | HubSource) -> list[Row]:
     raise DataError("no such file (and not shaped like a hub id owner/name)", text)
 
 
-def _file_rows(path: Path) -> list[Row]:
+def _file_rows(path: Path, strings: bool) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -94,7 +95,7 @@ def _file_rows(path: Path) -> list[Row]:
         raise DataError(f"cannot be read: {error.strerror}", path) from None
     if not text.strip():
         raise DataError("is empty", path)
-    walker = _Walker(text, str(path))
+    walker = _Walker(text, str(path), strings)
     start = walker.skip(0)
     if path.suffix in (".jsonl", ".ndjson"):
         rows = list(walker.lines())
@@ -114,9 +115,10 @@ def _file_rows(path: Path) -> list[Row]:
 class _Walker:
     """Decodes JSON piece by piece and knows the line of each piece."""
 
-    def __init__(self, text: str, file: str) -> None:
+    def __init__(self, text: str, file: str, strings: bool = False) -> None:
         self.text = text
         self.file = file
+        self.strings = strings
         self._breaks = [match.start() for match in re.finditer("\n", text)]
         self._decoder = json.JSONDecoder()
 
@@ -128,6 +130,8 @@ class _Walker:
         return match.end() if match else position
 
     def row(self, value: Any, position: int, section: str = "") -> Row:
+        if self.strings and isinstance(value, str):
+            value = {"text": value}
         if isinstance(value, dict):
             return Row(value, self.file, self.line(position), section)
         return self.bad(f"a record must be a JSON object, this is {type(value).__name__}", position, section)
