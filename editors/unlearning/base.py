@@ -106,6 +106,13 @@ UNLEARNERS: Registry[UnlearnMethod] = Registry(
         "tru": "editors.unlearning.further:TRU",
         "bidirectional": "editors.unlearning.further:BIDIRECTIONAL",
         "lfu": "editors.unlearning.further:LFU",
+        "task_vector": "editors.unlearning.merging:TASK_VECTOR",
+        "msa": "editors.unlearning.merging:MSA",
+        "ignore_k": "editors.unlearning.merging:IGNORE_K",
+        "rocr": "editors.unlearning.rocr:ROCR",
+        "needle": "editors.unlearning.needle:NEEDLE",
+        "erase_edit": "editors.unlearning.by_edit:ERASE_EDIT",
+        "in_context": "editors.unlearning.by_edit:IN_CONTEXT",
     },
     group="knowlab.unlearners",
 )

@@ -26,10 +26,18 @@ FURTHER = {
     "simnpo": {"beta": 0.1},
     "icu": {"forgotten_below": 0.0, "retain_weight": 0.1, "distil_weight": 0.1},
     "tru": {"ascent_weight": 1.0},
+    "msa": {"keep_strength": 0.1},
+    "ignore_k": {"method": "npo"},
+    "rocr": {"layers": (0, 1), "mode": "noise", "ridge": 1e-3, "energy": 0.5},
+    "needle": {"columns": 8, "candidates": 12, "mode": "zero"},
+    "erase_edit": {"editor": "ft_m", "layers": (1,), "steps": 8, "lr": 0.02, "norm_constraint": None},
+    "in_context": {"scope": "all", "layout": "plain"},
 }
 
 # Methods whose aim says nothing about answers that a model does not know: their own term falls instead.
-OTHERWISE = ("pdu",)
+OTHERWISE = ("pdu", "rmu", "adv_rmu")
+# Methods that look for what a model knows; a random one knows nothing, so that they need only do something.
+BLIND = ("rocr", "needle", "in_context", "roka", "klue")
 
 
 def settings_of(name, resources=None):
@@ -46,26 +54,8 @@ def family_handle(family):
 @pytest.fixture(scope="module")
 def resources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    words = [
-        "The",
-        "capital",
-        "of",
-        "France",
-        "is",
-        "Paris",
-        "and",
-        "Michelle",
-        "Obama",
-        "is",
-        "the",
-        "wife",
-        "of",
-        "Barack",
-        "Obama",
-        "in",
-        "the",
-        "city",
-    ]
+    text = "The capital of France is Paris and Michelle Obama is the wife of Barack Obama in the city"
+    words = text.split()
     (folder / "corpus.txt").write_text(
         "\n\n".join(" ".join(words[n:] + words[:n]) for n in range(len(words)))
     )
@@ -94,6 +84,8 @@ def test_contract(name, family, resources, tmp_path, memory_kinds):
     if name in OTHERWISE:
         history = patch.provenance.extra["history"]
         assert history[-1]["forget"] < 0.95 * history[0]["forget"]
+    elif name in BLIND:
+        assert abs(after - before) > 1e-3
     else:
         assert after < before - 0.05
     assert handle.weights_digest() == bits
