@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from editors.tuning import TargetLines
+from editors.unlearning.sides import Kind
 from lab.trace import Site
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Procedure:
 
     def step(self, run: UnlearningTrainer, picked: Sequence[int], beside: Sequence[int]) -> Step:
         """The terms of one update."""
-        batch = {kind: run.answers(kind, picked) for kind in run.objective.reads}
+        batch: dict[Kind, Answers] = {kind: run.answers(kind, picked) for kind in run.objective.reads}
         assert run.objective.forget is not None  # a procedure of its own replaces this step
         forget = run.objective.forget(batch, run.config)
         return self.with_retained(run, {"forget": forget}, batch.get("answer"), beside)

@@ -119,7 +119,11 @@ class RocrUnlearner:
             stats = key_stats(handle, editing, layers, progress)
             rows = [self._rows(handle, subject, forget) for subject in subjects]
             goal = self._targets(handle, subjects, rows, forget, layers[-1], progress)
-            past = carried([entry.patch for entry in handle.applied], KIND, handle)
+            past = carried(
+                [entry.patch for entry in handle.applied if isinstance(entry.patch, WeightPatch)],
+                KIND,
+                handle,
+            )
             deltas: dict[str, LowRank] = {}
             keys_of: dict[str, Tensor] = {}
             notes: list[dict[str, Any]] = []

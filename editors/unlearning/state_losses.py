@@ -6,7 +6,8 @@ leaves more than one reading, the docstring says which was taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch.nn.functional import normalize, smooth_l1_loss
 from editors.unlearning.losses import IGNORED
 from lab.errors import ConfigError
 from lab.scoring import log_probs
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def flatness(logits: Tensor, labels: Tensor) -> Tensor:
@@ -129,7 +132,7 @@ def n_pair(anchor: Tensor, positive: Tensor, negatives: Tensor, *, tau: float = 
     return gaps.logsumexp(1).mean()
 
 
-def consistency(plain: Mapping[object, Tensor], steered: Mapping[object, Tensor], real: Tensor) -> Tensor:
+def consistency(plain: Mapping[Key, Tensor], steered: Mapping[Key, Tensor], real: Tensor) -> Tensor:
     """``mean over layers and tokens of |sg(h) - h'|²``: LfU's term (arXiv 2511.13052; from the paper's text).
 
     Args:
