@@ -8,9 +8,14 @@ from typing import Any, Literal, Protocol
 
 from editors.values import Progress
 from lab.handle import ModelHandle
+from lab.memory import MemoryPatch
 from lab.patch import WeightPatch
 from lab.records import Fact
 from lab.registry import Registry
+
+Family = Literal["parameter optimisation", "merging", "closed form", "surgery", "in-context"]
+"""``parameter optimisation``: training on a loss. ``merging``: arithmetic on weights. ``closed form``: a solved equation.
+``surgery``: chosen weights are overwritten. ``in-context``: a text before the prompt, and no weight changes."""
 
 
 class Unlearner(Protocol):
@@ -23,7 +28,7 @@ class Unlearner(Protocol):
         retain: Sequence[Fact] = (),
         *,
         progress: Progress | None = None,
-    ) -> WeightPatch:
+    ) -> WeightPatch | MemoryPatch:
         """Computes a patch; the caller applies it.
 
         Args:
@@ -64,7 +69,7 @@ class UnlearnMethod:
         title: One line for lists.
         paper: Where it is described.
         cost: What it costs, in words.
-        family: How it works: ``gradient`` (training on a loss).
+        family: How it works (``Family``).
         source: ``verified``: the formula was compared with released code; ``reconstructed``: it follows from text alone.
         build: Makes the unlearner.
     """
@@ -73,7 +78,7 @@ class UnlearnMethod:
     title: str
     paper: str
     cost: str
-    family: Literal["gradient"]
+    family: Family
     source: Literal["verified", "reconstructed"]
     build: Callable[[UnlearnOptions], Unlearner]
 
@@ -93,6 +98,30 @@ UNLEARNERS: Registry[UnlearnMethod] = Registry(
         "undial": "editors.unlearning.methods:UNDIAL",
         "ce_u": "editors.unlearning.methods:CE_U",
         "satimp": "editors.unlearning.methods:SATIMP",
+        "altpo": "editors.unlearning.further:ALTPO",
+        "pdu": "editors.unlearning.further:PDU",
+        "catnip": "editors.unlearning.further:CATNIP",
+        "wpn": "editors.unlearning.further:WPN",
+        "icu": "editors.unlearning.further:ICU",
+        "tru": "editors.unlearning.further:TRU",
+        "bidirectional": "editors.unlearning.further:BIDIRECTIONAL",
+        "lfu": "editors.unlearning.further:LFU",
+        "rmu": "editors.unlearning.robust:RMU",
+        "lat": "editors.unlearning.robust:LAT",
+        "adv_ga": "editors.unlearning.robust:ADV_GA",
+        "adv_npo": "editors.unlearning.robust:ADV_NPO",
+        "adv_rmu": "editors.unlearning.robust:ADV_RMU",
+        "klue": "editors.unlearning.robust:KLUE",
+        "roka": "editors.unlearning.robust:ROKA",
+        "ga_lora": "editors.unlearning.robust:GA_LORA",
+        "stepping_stone": "editors.unlearning.robust:STEPPING_STONE",
+        "task_vector": "editors.unlearning.merging:TASK_VECTOR",
+        "msa": "editors.unlearning.merging:MSA",
+        "ignore_k": "editors.unlearning.merging:IGNORE_K",
+        "rocr": "editors.unlearning.rocr:ROCR",
+        "needle": "editors.unlearning.needle:NEEDLE",
+        "erase_edit": "editors.unlearning.by_edit:ERASE_EDIT",
+        "in_context": "editors.unlearning.by_edit:IN_CONTEXT",
     },
     group="knowlab.unlearners",
 )

@@ -238,6 +238,7 @@ class UnlearnWorkshop:
             PatchError: The model is not what it was, bit for bit.
         """
         from editors.unlearning.base import get_unlearner
+        from lab.memory import MemoryPatch
         from lab.patch import WeightPatch
         from lab.peak import peak_memory
 
@@ -249,10 +250,14 @@ class UnlearnWorkshop:
             patch = unlearner.unlearn(handle, task.material.forget, task.material.kept, progress=progress)
         seconds = time.perf_counter() - started
         scalable = isinstance(patch, WeightPatch)
+
+        def dosed(dose: float) -> WeightPatch | MemoryPatch:
+            return patch.scaled(dose) if isinstance(patch, WeightPatch) else patch
+
         seen: dict[float, dict[str, float]] = {}
 
         def gap(dose: float) -> float:
-            with (patch.scaled(dose) if scalable else patch).applied(handle):
+            with dosed(dose).applied(handle):
                 seen[dose] = form_probabilities(handle, task.forms)
             return worst_form(seen[dose], task.reference)[1]
 
@@ -267,7 +272,7 @@ class UnlearnWorkshop:
         shown = match.dose if match.dose is not None else min(match.tried, key=lambda pair: abs(pair[1]))[0]
         measured: dict[float, Mapping[str, tuple[tuple[float, float], ...]]] = {}
         for dose in dict.fromkeys((shown, *(options.curve if scalable else ()))):
-            with (patch.scaled(dose) if scalable else patch).applied(handle):
+            with dosed(dose).applied(handle):
                 seen[dose] = seen.get(dose) or form_probabilities(handle, task.forms)
                 measured[dose] = {group: knows(handle, getattr(task.material, group)) for group in STAYS}
         if handle.weights_digest() != bits:

@@ -1,7 +1,8 @@
 """``GradientUnlearner``: minimises a forget loss, with or without a retain term, and gives back what changed as a patch.
 
-One class serves every method of the kind; a method is an ``Objective`` and its settings (``methods.py``). Losses fall on answer
-tokens only. What the untouched model says is computed once, before the first update, on that very model: there is no second one.
+One class serves every method that trains; a method is an ``Objective`` and its settings (``methods.py``), with a ``Procedure``
+where its updates are more than a loss of answers. Losses fall on answer tokens only. What the untouched model says is computed
+once, before the first update, on that very model: there is no second one.
 """
 
 from __future__ import annotations
@@ -17,54 +18,48 @@ from torch import Tensor
 from editors.base import check_layers
 from editors.lora import adapter
 from editors.tuning import TargetLines, plain_settings, target_lines
-from editors.unlearning import losses
+from editors.unlearning import losses, state_losses
+from editors.unlearning.procedure import Answers, Procedure, Step
 from editors.unlearning.settings import GradientConfig
+from editors.unlearning.sides import Kind, Side, make_side
 from editors.values import Progress
 from lab.arch import Role
 from lab.errors import ConfigError, NumericalError, RequestError
 from lab.handle import ModelHandle
 from lab.patch import Provenance, WeightPatch, library_versions
 from lab.records import Fact
+from lab.trace import Site, Write, trace
 from lab.training import Reference, fit
 
-Kind = Literal["answer", "refusal"]
-RetainTerm = Literal["nll", "kl"]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One batch of answers of one kind, in the form that ``losses`` reads.
-
-    Attributes:
-        logits: ``[batch, pos, vocabulary]`` of the model in training.
-        labels: ``[batch, pos]``, -100 outside answers.
-        reference: ``[batch, pos]`` log-probabilities of the labels under the untouched model, 0 outside answers.
-        table: ``[answer token, vocabulary]`` log-probabilities of the untouched model; without rows where no term reads it.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    reference: Tensor
-    table: Tensor
+RetainTerm = Literal["nll", "kl", "pull"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A gradient method as its terms.
+    """A method that trains, as its terms.
 
     Attributes:
-        forget: The forget loss of one batch; reads the kinds of answers named in ``reads``.
+        forget: The forget loss of one batch; reads the kinds of answers named in ``reads``. ``None`` where the procedure
+            computes it itself.
         reads: Answers that the forget loss needs.
         retain: The retain term, or ``None``.
         needs_retain: Whether the method is nothing without retained facts.
-        table: Whether the forget loss reads whole distributions of the untouched model.
+        reference: Whether the forget loss reads log-probabilities of the untouched model.
+        table: Whether it reads whole distributions of the untouched model.
+        teacher: A kind of which only the untouched model's distributions are read.
+        procedure: How an update's terms come about.
+        trains: What is trained where ``weights`` is ``full``, if not everything: parameter names.
     """
 
-    forget: Callable[[Mapping[Kind, Answers], GradientConfig], Tensor]
+    forget: Callable[[Mapping[Kind, Answers], GradientConfig], Tensor] | None = None
     reads: tuple[Kind, ...] = ("answer",)
     retain: RetainTerm | None = "nll"
     needs_retain: bool = False
+    reference: bool = False
     table: bool = False
+    teacher: Kind | None = None
+    procedure: Callable[[], Procedure] = Procedure
+    trains: Callable[[ModelHandle, GradientConfig], Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class GradientUnlearner:
     ) -> WeightPatch:
         """One patch for all facts together. See ``Unlearner.unlearn``."""
         config, objective = self.config, self.objective
-        _check_facts(self.name, forget, retain, objective)
+        check_facts(self.name, forget, retain, needs_retain=objective.needs_retain)
         if config.layers:
             check_layers(handle, config.layers)
         trainer = UnlearningTrainer(
@@ -106,22 +101,32 @@ class GradientUnlearner:
             retain=retain if objective.retain is not None and config.retain_weight > 0 else (),
             seed=self.seed,
             progress=progress,
+            others=retain,
         )
         if config.weights == "lora":
             lora = adapter(handle, config.modules, config.layers, config.rank, config.alpha, 0.0)
             patch = fit(handle, trainer.on, lora=lora, seed=self.seed)
         else:
-            patch = fit(handle, trainer.on, weights=_trained(handle, config.layers), seed=self.seed)
+            whole = objective.trains if config.weights == "full" else None
+            names = trained(handle, config.layers, None if whole is None else whole(handle, config))
+            patch = fit(handle, trainer.on, weights=names, seed=self.seed)
         plain = {name: value for name, value in plain_settings(config).items() if name in self.settings}
         requests = tuple(fact.to_json() for fact in forget)
         made = Provenance(self.name, plain, requests, self.seed, library_versions(), trainer.notes)
         return replace(patch, provenance=made)
 
 
-def _check_facts(name: str, forget: Sequence[Fact], retain: Sequence[Fact], objective: Objective) -> None:
+def check_facts(
+    name: str, forget: Sequence[Fact], retain: Sequence[Fact], *, needs_retain: bool = False
+) -> None:
+    """Refuses facts that no method can work on.
+
+    Raises:
+        RequestError: Nothing to forget, nothing to retain where that is needed, or a fact in both lists.
+    """
     if not forget:
         raise RequestError("no facts to forget were given")
-    if objective.needs_retain and not retain:
+    if needs_retain and not retain:
         raise RequestError(f"{name!r} holds retained facts in place; give some")
     wanted = {(fact.text, fact.object) for fact in forget}
     for fact in retain:
@@ -129,8 +134,12 @@ def _check_facts(name: str, forget: Sequence[Fact], retain: Sequence[Fact], obje
             raise RequestError(f"the fact {fact.text!r} is both to be forgotten and to be retained")
 
 
-def _trained(handle: ModelHandle, layers: Sequence[int]) -> list[str]:
-    """Names of all floating-point parameters, or of those in some blocks; a tied one comes once."""
+def trained(handle: ModelHandle, layers: Sequence[int], only: Sequence[str] | None = None) -> list[str]:
+    """Names of all floating-point parameters, of those in some blocks, or of chosen ones; a tied one comes once.
+
+    Raises:
+        ConfigError: One of them is narrower than fp32, or the model is quantised.
+    """
     if handle.quantized:
         raise ConfigError(
             f"{handle.name!r} is quantised, so that most of its weights cannot be trained; load it without quantisation"
@@ -139,7 +148,8 @@ def _trained(handle: ModelHandle, layers: Sequence[int]) -> list[str]:
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     names = []
     for name, parameter in handle.model.named_parameters():
-        if parameter.is_floating_point() and (not layers or id(parameter) in inside):
+        chosen = (not layers or id(parameter) in inside) if only is None else name in only
+        if parameter.is_floating_point() and chosen:
             if parameter.element_size() < 4:
                 raise ConfigError(
                     f"{name!r} is {parameter.dtype}, which rounds small updates away; load the model in float32 "
@@ -147,21 +157,6 @@ def _trained(handle: ModelHandle, layers: Sequence[int]) -> list[str]:
                 )
             names.append(name)
     return names
-
-
-@dataclass
-class _Side:
-    """Prompts with one kind of answer, and what the untouched model says about those that were asked for.
-
-    Attributes:
-        pairs: Prompt and answer of each fact.
-        reference: Of a fact, log-probabilities of its answer's tokens, ``[token]`` on the CPU.
-        table: Of a fact, the distributions there, ``[token, vocabulary]`` on the CPU.
-    """
-
-    pairs: Sequence[tuple[str, str]]
-    reference: dict[int, Tensor] = field(default_factory=dict)
-    table: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -175,7 +170,9 @@ class UnlearningTrainer:
         forget, retain: The facts; no retained ones, no retain term.
         seed: Of the order and of what is drawn.
         progress: Told about every update.
+        others: Facts whose answers may stand for those of facts to forget.
         notes: Every update's terms, and why training ended early, if it did.
+        adam: The optimiser, from the first pass on.
     """
 
     handle: ModelHandle
@@ -185,45 +182,58 @@ class UnlearningTrainer:
     retain: Sequence[Fact]
     seed: int
     progress: Progress | None = None
+    others: Sequence[Fact] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+    adam: torch.optim.Optimizer | None = None
 
     def __post_init__(self) -> None:
+        config, objective = self.config, self.objective
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randint(len(self.config.refusals), (len(self.forget),), generator=generator).tolist()
-        self._sides: dict[Kind, _Side] = {
-            "answer": _Side([(fact.text, fact.object) for fact in self.forget]),
-            "refusal": _Side(
-                [(fact.text, self.config.refusals[i]) for fact, i in zip(self.forget, drawn, strict=True)]
-            ),
+        drawn = torch.randint(len(config.refusals), (len(self.forget),), generator=generator).tolist()
+        self.refusals = [config.refusals[index] for index in drawn]
+        kinds: set[Kind] = {*objective.reads, *((objective.teacher,) if objective.teacher else ())}
+        self.sides: dict[Kind, Side] = {
+            kind: make_side(kind, self.handle, self.forget, self.others, self.refusals, config, self.seed)
+            for kind in sorted(kinds)
         }
-        self._retained = _Side([(fact.text, fact.object) for fact in self.retain])
-        self._plan: list[tuple[list[int], list[int]]] = []
-        for _ in range(self.config.epochs):
+        self.retained = Side([(config.form.replace("{}", fact.text), fact.object) for fact in self.retain])
+        self.procedure = objective.procedure()
+        self._plan: list[tuple[int, list[int], list[int]]] = []
+        for epoch in range(config.epochs):
             order = torch.randperm(len(self.forget), generator=generator)
-            for picked in order.split(self.config.batch_size):
+            for picked in order.split(config.batch_size):
                 beside = (
                     torch.randint(len(self.retain), picked.shape, generator=generator).tolist()
                     if self.retain
                     else []
                 )
-                self._plan.append((picked.tolist(), beside))
-        self._plan = self._plan[: self.config.max_steps]
+                self._plan += [(epoch, picked.tolist(), beside)] * self.procedure.repeats
+        self._plan = self._plan[: config.max_steps]
 
     def on(self, model: Any, reference: Reference) -> UnlearningTrainer:
         """As ``fit`` wants it; asks the untouched model everything that the losses will read."""
         objective = self.objective
+        everything = range(len(self.forget))
         with reference():
-            for kind in objective.reads:
-                self._remember(self._sides[kind], range(len(self.forget)), objective.table)
-            drawn = sorted({index for _, beside in self._plan for index in beside})
-            self._remember(self._retained, drawn, objective.retain == "kl")
+            if objective.reference or objective.table:
+                for kind in objective.reads:
+                    self.remember(self.sides[kind], everything, table=objective.table)
+            if objective.teacher:
+                self.remember(self.sides[objective.teacher], everything, table=True)
+            drawn = sorted({index for _, _, beside in self._plan for index in beside})
+            self.remember(self.retained, drawn, table=objective.retain in ("kl", "pull"))
+            self.procedure.prepare(self)
         return self
 
-    def _remember(self, side: _Side, wanted: Sequence[int], table: bool) -> None:
+    def remember(self, side: Side, facts: Sequence[int], *, table: bool = False) -> None:
+        """Keeps what the model says now about some facts' texts, with whole distributions where asked for."""
+        wanted = [
+            place for place in side.places(facts) if place not in (side.table if table else side.reference)
+        ]
         size = self.config.batch_size
         for start in range(0, len(wanted), size):
             picked = wanted[start : start + size]
-            lines, logits = self._run(side, picked, grad=False)
+            lines, logits, _ = self._run(side, picked, grad=False)
             found = lines.of(logits)
             chosen = found.gather(1, lines.label[:, None])[:, 0]
             lengths = torch.bincount(lines.row, minlength=lines.rows).tolist()
@@ -233,79 +243,133 @@ class UnlearningTrainer:
             if self.progress is not None:
                 self.progress("reference", start + len(picked), len(wanted))
 
-    def _run(self, side: _Side, picked: Sequence[int], *, grad: bool) -> tuple[TargetLines, Tensor]:
-        lines = target_lines(self.handle, [side.pairs[index] for index in picked])
-        return lines, self.handle.logits(lines.batch, grad=grad, logits_to_keep=lines.keep)
+    def _run(
+        self,
+        side: Side,
+        places: Sequence[int],
+        *,
+        grad: bool,
+        reads: Sequence[Site] = (),
+        writes: Mapping[Site, Write] | None = None,
+    ) -> tuple[TargetLines, Tensor, dict[Site, Tensor]]:
+        lines = target_lines(self.handle, [side.pairs[place] for place in places])
+        if not reads and not writes:
+            return lines, self.handle.logits(lines.batch, grad=grad, logits_to_keep=lines.keep), {}
+        with trace(self.handle, reads, writes, detach=not grad) as recording:
+            logits = recording.run(lines.batch, logits_to_keep=lines.keep)
+            assert logits is not None  # no site stops the pass
+            return lines, logits, {site: recording[site] for site in reads}
 
-    def _answers(self, side: _Side, picked: Sequence[int]) -> Answers:
-        lines, logits = self._run(side, picked, grad=True)
+    def answers(
+        self,
+        kind: Kind,
+        picked: Sequence[int],
+        *,
+        grad: bool = True,
+        reads: Sequence[Site] = (),
+        writes: Mapping[Site, Write] | None = None,
+    ) -> Answers:
+        """Runs the model on some facts to forget.
+
+        Args:
+            kind: With which texts.
+            picked: Which facts.
+            grad: Whether gradients are wanted.
+            reads, writes: Hidden states to keep and to change, as in ``lab.trace.trace``.
+        """
+        return self._answers(self.sides[kind], picked, grad, reads, writes)
+
+    def retained_answers(
+        self, picked: Sequence[int], *, grad: bool = True, reads: Sequence[Site] = ()
+    ) -> Answers:
+        """Runs the model on some retained facts; see ``answers``."""
+        return self._answers(self.retained, picked, grad, reads, None)
+
+    def _answers(
+        self,
+        side: Side,
+        picked: Sequence[int],
+        grad: bool,
+        reads: Sequence[Site],
+        writes: Mapping[Site, Write] | None,
+    ) -> Answers:
+        places = side.places(picked)
+        lines, logits, states = self._run(side, places, grad=grad, reads=reads, writes=writes)
         labels = torch.full(logits.shape[:2], losses.IGNORED, device=logits.device)
         labels[lines.row, lines.column] = lines.label
-        known = torch.cat([side.reference[index] for index in picked]).to(logits.device)
-        reference = torch.zeros(labels.shape, dtype=known.dtype, device=logits.device)
-        reference[lines.row, lines.column] = known
-        tables = [side.table[index] for index in picked if index in side.table]
-        table = torch.cat(tables).to(logits.device) if tables else known.new_zeros(0, logits.shape[-1])
-        return Answers(logits, labels, reference, table)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        reference = torch.zeros(labels.shape, dtype=wide, device=logits.device)
+        if all(place in side.reference for place in places):
+            known = torch.cat([side.reference[place] for place in places]).to(reference)
+            reference[lines.row, lines.column] = known
+        return Answers(logits, labels, reference, self.table_of(side, places, logits), lines, states)
+
+    def table_of(self, side: Side, places: Sequence[int], like: Tensor) -> Tensor:
+        """Remembered distributions of some pairs, ``[answer token, vocabulary]``; without rows where there are none."""
+        tables = [side.table[place] for place in places if place in side.table]
+        return torch.cat(tables).to(like.device) if tables else like.new_zeros(0, like.shape[-1])
+
+    def restart(self) -> None:
+        """A fresh optimiser, without memory of earlier updates."""
+        parameters = [parameter for parameter in self.handle.model.parameters() if parameter.requires_grad]
+        config = self.config
+        self.adam = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
     @torch.enable_grad()
     def train(self) -> None:
-        """Runs all updates, or fewer where the model breaks down.
+        """Runs all updates, or fewer where the model breaks down or nothing is left to forget.
 
         Raises:
             NumericalError: A term became NaN or infinite.
         """
-        config, model = self.config, self.handle.model
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        adam = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        self.restart()
         history: list[dict[str, float]] = []
         stopped: str | None = None
-        for step, (picked, beside) in enumerate(self._plan):
-            batch: dict[Kind, Answers] = {
-                kind: self._answers(self._sides[kind], picked) for kind in self.objective.reads
-            }
-            retained = self._answers(self._retained, beside) if beside else None
-            terms = {"forget": self.objective.forget(batch, config)}
-            if retained is not None:
-                terms["retain"] = self._retain_term(retained)
-            figures = {name: float(term.detach()) for name, term in terms.items()}
-            if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
-                raise NumericalError(
-                    f"the {bad[0]} term became {figures[bad[0]]} at step {step}; try a smaller lr"
-                )
-            history.append(figures)
-            stopped = self._collapse(batch, retained)
+        last = -1
+        for number, (epoch, drawn, beside) in enumerate(self._plan):
+            if epoch != last:
+                self.procedure.begin_epoch(self, epoch)
+                last = epoch
+            picked, kept = self.procedure.choose(self, drawn, beside)
+            if picked:
+                step = self.procedure.step(self, picked, kept)
+                history.append(_figures(step, len(history)))
+                stopped = self._collapse(step)
             if self.progress is not None:
-                self.progress("steps", len(self._plan) if stopped else step + 1, len(self._plan))
+                self.progress("steps", len(self._plan) if stopped else number + 1, len(self._plan))
             if stopped:
                 break
-            loss = losses.combined(
-                terms["forget"],
-                terms.get("retain"),
-                forget_weight=config.forget_weight,
-                retain_weight=config.retain_weight,
-            )
-            adam.zero_grad()
+            if not picked:
+                continue
+            loss = torch.stack([step.weights[name] * term for name, term in step.terms.items()]).sum()
+            assert self.adam is not None
+            self.adam.zero_grad()
             loss.backward()
-            adam.step()
+            self.procedure.before_update(self)
+            self.adam.step()
         self.notes = {
             "updates": len(history) - bool(stopped),
             "history": history,
             "stopped": stopped,
-            "retained_facts": len(self._retained.reference),
+            "retained_facts": len(self.retained.reference),
+            **self.procedure.notes(),
         }
 
-    def _retain_term(self, retained: Answers) -> Tensor:
+    def retain_term(self, retained: Answers) -> Tensor:
+        """The objective's retain term on some retained facts."""
         if self.objective.retain == "kl":
             return losses.retain_kl(retained.logits, retained.labels, retained.table)
+        if self.objective.retain == "pull":
+            return state_losses.bidirectional(
+                retained.logits, retained.labels, retained.table, retained.table, top=self.config.top
+            )
         return losses.answer_nll(retained.logits, retained.labels)
 
     @torch.no_grad()
-    def _collapse(self, batch: Mapping[Kind, Answers], retained: Answers | None) -> str | None:
+    def _collapse(self, step: Step) -> str | None:
         """Why training should end here: ``"forget"``, ``"retain"``, or nothing."""
-        config = self.config
-        if config.stop_above is not None and "answer" in batch:
-            answer = batch["answer"]
+        config, answer, retained = self.config, step.answer, step.retained
+        if config.stop_above is not None and answer is not None:
             limit = config.stop_above * math.log(answer.logits.shape[-1])
             if float(losses.answer_nll(answer.logits, answer.labels)) > limit:
                 return "forget"
@@ -315,3 +379,10 @@ class UnlearningTrainer:
             if float(lost[counted].mean()) > config.stop_retain:
                 return "retain"
         return None
+
+
+def _figures(step: Step, number: int) -> dict[str, float]:
+    figures = {name: float(term.detach()) for name, term in step.terms.items()}
+    if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+        raise NumericalError(f"the {bad[0]} term became {figures[bad[0]]} at step {number}; try a smaller lr")
+    return figures

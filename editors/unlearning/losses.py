@@ -151,6 +151,33 @@ def dpo(
     return _softened(chosen - rejected, beta)
 
 
+def catnip(logits: Tensor, labels: Tensor, *, beta: float = 1.0, detach_ref: bool = False) -> Tensor:
+    """``-(2/β)·mean_rows mean_t log σ(-β·ℓ_t)`` with ``ℓ = log p - log(1-p)``: NPO token by token, its reference ``1 - p``.
+
+    arXiv 2602.02824 (reconstructed: the substitution that needs neither reference nor retained data and weighs every token by
+    the model's own confidence). The gradient on a label's logit is ``2σ(βℓ)``, times ``1 - p`` with ``detach_ref``; β = 1
+    is ``-2·log(1-p)``.
+
+    Args:
+        logits: Of the model in training.
+        labels: Answers to forget.
+        beta: β.
+        detach_ref: Holds ``1 - p`` constant; with β = 1 that is twice ``wga``'s gradient.
+    """
+    if not beta > 0:
+        raise ConfigError(f"beta must be positive, not {beta}")
+    wanted = labels != IGNORED
+    picked = labels[wanted].unsqueeze(-1)
+    wide = logits[wanted].to(torch.promote_types(logits.dtype, torch.float32))
+    # Not log(1 - exp(log p)): the other tokens' mass is exact also where p is close to 1.
+    rest = wide.scatter(-1, picked, float("-inf")).logsumexp(-1)
+    whole = wide.logsumexp(-1)
+    own = wide.gather(-1, picked)[:, 0] - whole
+    odds = own - (rest - whole).detach() if detach_ref else own + whole - rest
+    each = -(2.0 / beta) * logsigmoid(-beta * odds)
+    return _reduce(_placed(each, wanted), wanted, "row_mean")
+
+
 def wga(logits: Tensor, labels: Tensor, *, beta: float = 1.0, reduction: TokenReduction = "mean") -> Tensor:
     """``mean_t w_t·log p_t`` with ``w = p^β`` held constant: ascent that fades as a token is forgotten.
 

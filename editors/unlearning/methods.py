@@ -10,8 +10,10 @@ from torch import Tensor
 from editors.base import check_names
 from editors.unlearning import losses
 from editors.unlearning.base import UnlearnMethod, UnlearnOptions
-from editors.unlearning.gradient import Answers, GradientUnlearner, Kind, Objective
+from editors.unlearning.gradient import GradientUnlearner, Objective
+from editors.unlearning.procedure import Answers
 from editors.unlearning.settings import SHARED, GradientConfig
+from editors.unlearning.sides import Kind
 
 Batch = Mapping[Kind, Answers]
 
@@ -72,10 +74,16 @@ def _satimp(batch: Batch, config: GradientConfig) -> Tensor:
     )
 
 
-def _builder(
+def builder(
     objective: Objective, own: tuple[str, ...] = (), **defaults: Any
 ) -> Callable[[UnlearnOptions], GradientUnlearner]:
-    """Makes the unlearner; ``own`` are the settings that the loss reads, ``defaults`` what differs from the config's."""
+    """Makes the unlearner.
+
+    Args:
+        objective: The method's terms.
+        own: Settings that it reads beside those that all share.
+        **defaults: What differs from the config's.
+    """
     settings = SHARED.union(
         own, ("forget_weight", "retain_weight", "stop_retain") if objective.retain else ()
     )
@@ -99,106 +107,106 @@ GA = UnlearnMethod(
     "Gradient ascent on the answers",
     "Jang et al. 2023, arXiv 2210.01504",
     "one pass over the forgotten facts per epoch",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_ga, retain=None)),
+    builder(Objective(_ga, retain=None)),
 )
 GRADDIFF = UnlearnMethod(
     "graddiff",
     "Gradient ascent, and descent on retained facts",
     "Liu et al. 2022, arXiv 2203.12817",
     "twice ga",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_ga, needs_retain=True)),
+    builder(Objective(_ga, needs_retain=True)),
 )
 KL = UnlearnMethod(
     "kl",
     "Gradient ascent, with retained answers held to the untouched model's distributions",
     "Maini et al. 2024, arXiv 2401.06121 (KL minimisation)",
     "twice ga, and a distribution in memory per retained token",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_ga, retain="kl", needs_retain=True)),
+    builder(Objective(_ga, retain="kl", needs_retain=True)),
 )
 NPO = UnlearnMethod(
     "npo",
     "Negative preference optimisation: ascent that fades as an answer is forgotten",
     "Zhang et al. 2024, arXiv 2404.05868",
     "as ga; twice that with retained facts",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_npo), ("beta",), lr=2e-4, beta=0.1),
+    builder(Objective(_npo, reference=True), ("beta",), lr=2e-4, beta=0.1),
 )
 NPO_MEAN = UnlearnMethod(
     "npo_mean",
     "NPO by token means, so that long answers are not done first",
     "RESTOR's variant of Zhang et al. 2024, arXiv 2404.05868",
     "as npo",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_npo_mean), ("beta",), lr=2e-4, beta=0.1),
+    builder(Objective(_npo_mean, reference=True), ("beta",), lr=2e-4, beta=0.1),
 )
 SIMNPO = UnlearnMethod(
     "simnpo",
     "NPO without a reference, by token means",
     "Fan et al. 2024, arXiv 2410.07163",
     "as npo",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_simnpo), ("beta", "margin"), lr=2e-4, beta=4.5, forget_weight=0.125),
+    builder(Objective(_simnpo), ("beta", "margin"), lr=2e-4, beta=4.5, forget_weight=0.125),
 )
 DPO = UnlearnMethod(
     "dpo",
     "Preference for refusals over answers (IdkDPO)",
     "Rafailov et al. 2023, arXiv 2305.18290; Maini et al. 2024, arXiv 2401.06121",
     "twice npo",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_dpo, reads=("answer", "refusal")), ("beta", "refusals"), beta=0.1),
+    builder(Objective(_dpo, reads=("answer", "refusal"), reference=True), ("beta", "refusals"), beta=0.1),
 )
 REFUSAL = UnlearnMethod(
     "refusal",
     "Fine-tuning on refusals (IDK); the answers stay in the weights",
     "Maini et al. 2024, arXiv 2401.06121 (IDK)",
     "as ga; twice that with retained facts",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_refusal, reads=("refusal",)), ("refusals",)),
+    builder(Objective(_refusal, reads=("refusal",)), ("refusals",)),
 )
 WGA = UnlearnMethod(
     "wga",
     "Gradient ascent weighted by each token's probability",
     "Wang et al. 2025, arXiv 2502.19301",
     "as ga; twice that with retained facts",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_wga), ("beta",), beta=1.0),
+    builder(Objective(_wga), ("beta",), beta=1.0),
 )
 UNDIAL = UnlearnMethod(
     "undial",
     "Distillation from the untouched model with the answers' logits lowered",
     "Dong et al. 2024, arXiv 2402.10052",
     "as ga, and a distribution in memory per forgotten token",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_undial, table=True), ("beta",), lr=5e-4, beta=10.0),
+    builder(Objective(_undial, table=True), ("beta",), lr=5e-4, beta=10.0),
 )
 CE_U = UnlearnMethod(
     "ce_u",
     "Cross entropy with the model's own distribution without the answer",
     "Yang 2025, arXiv 2503.01224",
     "as ga",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_ce_u, retain=None), ("skip_first",)),
+    builder(Objective(_ce_u, retain=None), ("skip_first",)),
 )
 SATIMP = UnlearnMethod(
     "satimp",
     "Gradient ascent weighted by saturation and importance",
     "Yang et al. 2025, arXiv 2505.11953",
     "as wga",
-    "gradient",
+    "parameter optimisation",
     "verified",
-    _builder(Objective(_satimp), ("saturation", "importance")),
+    builder(Objective(_satimp), ("saturation", "importance")),
 )

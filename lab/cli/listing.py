@@ -46,6 +46,8 @@ def registry(kind: Kind) -> Registry[Any]:
 def describe(kind: Kind, name: str, value: Any) -> dict[str, str]:
     """A registered thing in words: what it is, the paper behind it, what it costs; empty where it does not say.
 
+    Unlearners also say how they work (``family``) and whether their formula was compared with released code (``source``).
+
     Suites are registered as functions of their options; all others as the thing itself.
     """
     if kind is Kind.SUITES:
@@ -53,12 +55,15 @@ def describe(kind: Kind, name: str, value: Any) -> dict[str, str]:
 
         value = value(SuiteOptions())
     words = {key: str(getattr(value, key, "")) for key in ("title", "about", "paper", "cost")}
-    return {
+    row = {
         "name": name,
         "title": words["title"] or words["about"],
         "paper": words["paper"],
         "cost": words["cost"],
     }
+    if kind is Kind.UNLEARNERS:
+        row |= {"family": str(value.family), "source": str(value.source)}
+    return row
 
 
 def _models() -> list[dict[str, str]]:
@@ -89,6 +94,8 @@ def list_kind(
         items = [describe(kind, name, known.get(name)) for name in known.names()]
     screen = console(json)
     columns = ("name", "title", "paper", "cost")
+    if kind is Kind.UNLEARNERS:
+        columns = ("name", "family", "source", *columns[1:])
     screen.print(table(kind.value, columns, [[item[key] for key in columns] for item in items]))
     if not items:
         screen.print(f"none; packages add {kind.value} through the entry-point group knowlab.{kind.value}")

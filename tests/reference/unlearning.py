@@ -104,3 +104,64 @@ def ce_u(logits: Tensor, labels: Tensor, skip: int) -> Tensor:
             others = torch.where(torch.arange(len(others)) == y, 0.0, others)
             each.append(-(others / others.sum() * torch.softmax(z, 0).log()).sum())
     return sum(each) / len(each)
+
+
+def catnip(logits: Tensor, labels: Tensor, beta: float, detached: bool) -> Tensor:
+    answers = []
+    for row in rows(logits, labels):
+        each = []
+        for z, y in row:
+            p = probability(z, y)
+            rest = 1 - p
+            odds = torch.log(p) - torch.log(rest.detach() if detached else rest)
+            each.append(-2 / beta * torch.log(1 / (1 + torch.exp(beta * odds))))
+        answers.append(sum(each) / len(each))
+    return sum(answers) / len(answers)
+
+
+def flatness(logits: Tensor, labels: Tensor) -> Tensor:
+    each = [(z.max() - z.sum() / len(z)) ** 2 for row in rows(logits, labels) for z, _ in row]
+    return sum(each) / len(each)
+
+
+def improbable(logits: Tensor, labels: Tensor, floor: float) -> Tensor:
+    each = []
+    for row in rows(logits, labels):
+        for z, y in row:
+            p = probability(z, y)
+            each.append(-torch.log(1 - p) * float(torch.log(p) >= floor))
+    return sum(each) / len(each)
+
+
+def bidirectional(
+    now: Tensor, teacher: Tensor, before: Tensor, labels: Tensor, push: float, top: int
+) -> Tensor:
+    total, count = 0.0, 0
+    for new, goal, old in zip(rows(now, labels), rows(teacher, labels), rows(before, labels), strict=True):
+        for (z, _), (t, _), (o, _) in zip(new, goal, old, strict=True):
+            z, t, o = (x - x.sum() / len(x) for x in (z, t, o))
+            wished = sorted(range(len(t)), key=lambda v: -float(t[v]))[:top]
+            said = sorted(range(len(o)), key=lambda v: -float(o[v]))[:top]
+            for v in wished:
+                gap = (z[v] - t[v]).abs()
+                total = total + (0.5 * gap**2 if float(gap.detach()) < 1 else gap - 0.5)
+            for v in set(said) - set(wished):
+                allowed = o[v] - max(float(o[v] - t[v]), 0.0)
+                total = total + push * (z[v] - allowed).clamp_min(0)
+            count += 1
+    return total / count
+
+
+def n_pair(anchor: Tensor, positive: Tensor, negatives: Tensor, tau: float) -> Tensor:
+    each = []
+    for a, p, others in zip(anchor, positive, negatives, strict=True):
+        each.append(torch.log(1 + sum(torch.exp((a @ n - a @ p) / tau) for n in others)))
+    return sum(each) / len(each)
+
+
+def pooled(rows_of_states: list[Tensor]) -> Tensor:
+    found = []
+    for states in rows_of_states:
+        total = sum((i + 1) * h for i, h in enumerate(states)) / sum(range(1, len(states) + 1))
+        found.append(total / total.norm())
+    return torch.stack(found)

@@ -22,7 +22,11 @@ FORGET = [
     Fact("Barack Obama", "spouse", "Michelle Obama", "{}'s wife is", id="spouse/Barack Obama"),
 ]
 RETAIN = [Fact("Japan", "capital", "Tokyo", "The capital of {} is", id="capital/Japan")]
-FAMILIES = ("gpt2", "llama", "gemma2")
+# Other families: test_methods.py.
+FAMILIES = ("gemma2",)
+NAMES = (
+    "ga", "graddiff", "kl", "npo", "npo_mean", "simnpo", "dpo", "refusal", "wga", "undial", "ce_u", "satimp",
+)  # fmt: skip
 # Random models know nothing, so nothing may stop a method that makes facts less likely than a guess.
 QUICK = {"lr": 5e-3, "epochs": 5, "stop_above": None, "stop_retain": None}
 NEVER = {"stop_above": None, "stop_retain": None}
@@ -62,7 +66,7 @@ def logprob(handle, facts=FORGET):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", UNLEARNERS.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_contract(name, family):
     handle = family_handle(family)
     bits, left, random = handle.weights_digest(), traces(handle), torch.random.get_rng_state()
@@ -84,12 +88,12 @@ def test_contract(name, family):
     assert handle.weights_digest() == bits
 
 
-@pytest.mark.parametrize("name", UNLEARNERS.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_row_says_what_it_is(name):
     row = UNLEARNERS.get(name)
     assert row.name == name
     assert row.title and row.cost and "arXiv" in row.paper
-    assert (row.family, row.source) == ("gradient", "verified")
+    assert (row.family, row.source) == ("parameter optimisation", "verified")
 
 
 def test_a_saved_patch_is_the_same(tmp_path):
@@ -240,7 +244,7 @@ def test_the_model_is_left_alone_when_training_is_interrupted(weights):
     assert traces(handle) == left
 
 
-@pytest.mark.parametrize("name", UNLEARNERS.names())
+@pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_left_alone_when_a_loss_is_not_finite(name):
     handle = tiny_handle("llama", layers=1)
     handle.model.get_parameter(f"{handle.arch.path(Role.FINAL_NORM)}.weight").data[0] = float("inf")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from editors.unlearning import losses
+from editors.unlearning import losses, state_losses
 from lab.errors import ConfigError
 from lab.scoring import log_probs
 from tests.reference import unlearning as plain
@@ -77,6 +77,23 @@ def calls():
             lambda z: plain.undial(z, draw(1), LABELS, 3.0),
         ),
         "ce_u": (lambda z: losses.ce_u(z, LABELS), lambda z: plain.ce_u(z, LABELS, 1)),
+        "catnip": (
+            lambda z: losses.catnip(z, LABELS, beta=0.7),
+            lambda z: plain.catnip(z, LABELS, 0.7, False),
+        ),
+        "catnip detached": (
+            lambda z: losses.catnip(z, LABELS, beta=1.3, detach_ref=True),
+            lambda z: plain.catnip(z, LABELS, 1.3, True),
+        ),
+        "flatness": (lambda z: state_losses.flatness(z, LABELS), lambda z: plain.flatness(z, LABELS)),
+        "improbable": (
+            lambda z: state_losses.improbable(z, LABELS, floor=-2.0),
+            lambda z: plain.improbable(z, LABELS, -2.0),
+        ),
+        "bidirectional": (
+            lambda z: state_losses.bidirectional(z, LABELS, table(4), table(), push=0.6, top=3),
+            lambda z: plain.bidirectional(z, draw(4), draw(1), LABELS, 0.6, 3),
+        ),
         "ce_u all": (lambda z: losses.ce_u(z, LABELS, skip_first=0), lambda z: plain.ce_u(z, LABELS, 0)),
     }
 
