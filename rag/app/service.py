@@ -93,7 +93,8 @@ class Service:
             raise ConfigError(f"unknown mode {mode!r}; use memory or documents")
         if policy not in (*POLICIES, "ledger"):
             raise ConfigError(f"unknown policy {policy!r}; use {', '.join(POLICIES)} or ledger")
-        chosen: Policy = next((name for name in POLICIES if name == policy), "context")
+        known: Sequence[Policy] = POLICIES
+        chosen = next((name for name in known if name == policy), known[0])
         # Documents, ledger and weights are read under one lock, the one that a change of any of them takes.
         with self.handle.reading():
             found = self._passages(question) if mode == "documents" else []
