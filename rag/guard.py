@@ -226,7 +226,7 @@ class Guard:
             gain, fact = self._gain(question, kept)
             if fact is not None and gain > self.thresholds.joint:
                 why = f"{fact.question!r}: joint gain {gain:.2f}"
-                blocked += [(passage.id, "set", why) for passage in kept]
+                blocked.extend((passage.id, "set", why) for passage in kept)
                 kept = []
         return tuple(kept), tuple(blocked)
 

@@ -114,8 +114,8 @@ def build_page(service: Service, key: Key) -> Any:
         def answer(asked: str, believed: str) -> tuple[str, str, str]:
             return answers(service, asked, believed)
 
-        def apply(given: str, *fields: str) -> str:
-            return guarded(key, given, lambda: _edit(service, *fields))
+        def apply(given: str, who: str, what: str, now: str, against: OnConflict) -> str:
+            return guarded(key, given, lambda: _edit(service, who, what, now, against))
 
         def take_back(given: str) -> str:
             return guarded(key, given, lambda: _undo(service))

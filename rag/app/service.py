@@ -93,7 +93,7 @@ class Service:
             raise ConfigError(f"unknown mode {mode!r}; use memory or documents")
         if policy not in (*POLICIES, "ledger"):
             raise ConfigError(f"unknown policy {policy!r}; use {', '.join(POLICIES)} or ledger")
-        chosen: Policy = next((name for name in POLICIES if name == policy), "context")
+        chosen: Policy | None = next((name for name in POLICIES if name == policy), None)
         # Documents, ledger and weights are read under one lock, the one that a change of any of them takes.
         with self.handle.reading():
             found = self._passages(question) if mode == "documents" else []
@@ -103,7 +103,7 @@ class Service:
                 # What is stopped looks like what nobody knows: no voice is heard.
                 return self._unknown(question, mode, policy)
             reading = readings[-1]
-            verdict = judge(self.handle, question, passages, chosen)
+            verdict = judge(self.handle, question, passages, chosen or "context")
             entry = self._entry(question)
             state = self.handle.state
         said = verdict.to_json()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rag.ledger.conflicts import Finder, MatchFinder, NotesFinder
-from rag.ledger.ledger import Ledger, LedgerDocuments, Reconciled
+from rag.ledger.documents import LedgerDocuments
+from rag.ledger.ledger import Ledger, Reconciled
 from rag.ledger.values import Conflict, Entry, LedgerFact, Outcome
 from rag.ledger.weights import HandleWeights, NoWeights, Weights
 

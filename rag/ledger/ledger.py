@@ -19,6 +19,7 @@ from lab.errors import BaseMismatchError, ConfigError, DataError, RequestError
 from lab.patch import Patch
 from lab.records import Fact
 from rag.ledger.conflicts import Finder, MatchFinder
+from rag.ledger.documents import LedgerDocuments
 from rag.ledger.lock import WriterLock
 from rag.ledger.planning import Planner
 from rag.ledger.rows import Open, Plan, Rows, the_entry
@@ -36,7 +37,7 @@ from rag.ledger.values import (
     governing,
 )
 from rag.ledger.weights import NoWeights, Weights
-from rag.store import Chunk, DocumentStore, Retrieved, Where, fits
+from rag.store import Chunk, DocumentStore
 
 STEPS = ("patch", "intent", "put", "remove", "weights", "commit")
 
@@ -471,32 +472,3 @@ class _Changing:
 
     def __exit__(self, *_: object) -> None:
         self.ledger._mutex.release()
-
-
-class LedgerDocuments:
-    """A ``DocumentStore`` that shows documents as they were given and takes them in through a ledger; searches see what entries made."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
-
-    def chunks(self, ids: Sequence[str] | None = None, where: Where | None = None) -> list[Chunk]:
-        """See ``DocumentStore``."""
-        given = self.ledger.planner.given()
-        if ids is not None:
-            found = [given[id] for id in dict.fromkeys(ids) if id in given]
-        else:
-            found = sorted(given.values(), key=lambda chunk: (chunk.source, chunk.position, chunk.id))
-        return [chunk for chunk in found if fits(chunk, where)]
-
-    def put(self, chunks: Sequence[Chunk]) -> None:
-        """See ``DocumentStore``."""
-        self.ledger.put(chunks)
-
-    def remove(self, ids: Sequence[str]) -> None:
-        """See ``DocumentStore``; what entries made of documents goes with these only."""
-        given = self.ledger.planner.given()
-        self.ledger.remove([id for id in ids if id in given])
-
-    def search(self, query: str, k: int, where: Where | None = None) -> list[Retrieved]:
-        """See ``DocumentStore``."""
-        return self.ledger.store.search(query, k, where)
