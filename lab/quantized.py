@@ -134,10 +134,11 @@ def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
     return None
 
 
-def _reader(module: nn.Module, scheme: str, read: Callable[[], Tensor]) -> QuantizedWeight:
+def _reader(module: nn.Module, scheme: str, read: Callable[..., Any]) -> QuantizedWeight:
     rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    shape = (rows, columns) if rows is not None and columns is not None else tuple(read().shape)
-    return QuantizedWeight(shape, scheme, lambda: read().detach())
+    if rows is None or columns is None:
+        rows, columns = read().shape
+    return QuantizedWeight((int(rows), int(columns)), scheme, lambda: read().detach())
 
 
 def _read_scaled(module: Any) -> Tensor:

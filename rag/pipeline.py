@@ -151,7 +151,7 @@ class RagPipeline(Runnable[Question, Answer]):
         Raises:
             RequestError: There is no question.
         """
-        return self._call_with_config(self._answer, input, config, run_type="chain")
+        return self._call_with_config(cast("Any", self._answer), input, config, run_type="chain")
 
     def batch(
         self,
@@ -164,7 +164,7 @@ class RagPipeline(Runnable[Question, Answer]):
         """Answers questions; all are read in the same forward passes, unless exceptions are to be returned one by one."""
         if return_exceptions:
             return super().batch(inputs, config, return_exceptions=True, **kwargs)
-        return self._batch_with_config(self._answers, inputs, config)
+        return self._batch_with_config(cast("Any", self._answers), inputs, config)
 
     def stream(
         self, input: Question, config: RunnableConfig | None = None, **kwargs: Any

@@ -133,8 +133,8 @@ def telling_columns(
     Raises:
         NumericalError: A score is NaN or infinite.
     """
-    head = handle.module(Role.UNEMBED)
-    table: Any = head.weight.detach().float()
+    head: Any = handle.module(Role.UNEMBED)
+    table = head.weight.detach().float()
     tokens = sorted({token for fact in facts for token in encode_ids(handle.tokenizer, f" {fact.object}")})
     centred = table - table.mean(0)
     found = []

@@ -7,7 +7,7 @@ arXiv 2408.10682 does to see whether a suffix opens a model or merely dictates a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -126,7 +126,8 @@ def find_suffix(
         top: Candidates per place.
     """
     generator = torch.Generator().manual_seed(seed)
-    embeddings = handle.model.get_input_embeddings().weight.detach().float()
+    table: Any = handle.model.get_input_embeddings()
+    embeddings = table.weight.detach().float()
     special = [token for token in handle.tokenizer.all_special_ids if token < embeddings.shape[0]]
     usable = torch.ones(embeddings.shape[0], dtype=torch.bool)
     usable[special] = False

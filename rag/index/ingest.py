@@ -96,7 +96,7 @@ def _splitter(kind: str, chunking: Chunking) -> RecursiveCharacterTextSplitter:
         from langchain_text_splitters import Language, RecursiveCharacterTextSplitter
     except ImportError:
         raise MissingDependencyError("langchain-text-splitters", "cutting documents", "app") from None
-    settings = {"chunk_size": chunking.size, "chunk_overlap": chunking.overlap}
+    settings: dict[str, Any] = {"chunk_size": chunking.size, "chunk_overlap": chunking.overlap}
     if kind == "markdown":
         return RecursiveCharacterTextSplitter.from_language(Language.MARKDOWN, **settings)
     return RecursiveCharacterTextSplitter(**settings)

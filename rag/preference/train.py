@@ -240,7 +240,10 @@ class _Step:
             from trl.trainer.sft_config import SFTConfig
             from trl.trainer.sft_trainer import SFTTrainer
 
-            settings = {"learning_rate": self.config.sft_lr, "num_train_epochs": self.config.sft_epochs}
+            settings: dict[str, Any] = {
+                "learning_rate": self.config.sft_lr,
+                "num_train_epochs": self.config.sft_epochs,
+            }
             trainer: Any = SFTTrainer(
                 model=model,
                 args=SFTConfig(**arguments, **settings, completion_only_loss=True),
