@@ -92,6 +92,7 @@ def test_texts_are_all_questions_before_any_comes_again():
     assert document.text[start:stop] == document.text.split("Answer: ")[1]
 
 
+@pytest.mark.slow
 def test_a_bed_knows_what_its_oracle_does_not(files, tmp_path):
     shape = Shape(hidden=48, layers=2, heads=2, inner=96, vocab=400, context=256)
     recipe = Recipe("bed", shape=shape, workers=1, warmup_steps=10, inside_keep=1.0, late_keep=())
