@@ -250,7 +250,7 @@ def _of_a_file(
     if not any(one.relevant or one.others for one in all_of):
         # A file of questions alone has nothing to index.
         return retrieval.as_asked(drawn, [[] for _ in drawn], k, lambda *_: True), {}
-    with open_index(place, embeddings=embeddings, write=True) as index:
+    with open_index(place / retrieval.pool_name(all_of), embeddings=embeddings, write=True) as index:
         chunks = retrieval.bring_in(index, all_of, advance)
         hits = [index.search(one.question, retrieval.DEPTH) for one in drawn]
     fits = retrieval.room_for([READERS.get("direct")(handle, max_new_tokens=max_new_tokens)])

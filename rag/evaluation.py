@@ -11,7 +11,7 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -312,4 +312,4 @@ def run(
 def never_falls(values: Sequence[float | None]) -> bool:
     """Whether no value is below the one before it; values that are not there do not count."""
     held = [value for value in values if value is not None]
-    return all(later >= earlier for earlier, later in zip(held, held[1:], strict=False))
+    return all(later >= earlier for earlier, later in pairwise(held))

@@ -24,6 +24,12 @@ def document_of(text: str) -> str:
     return chunk_id("question-file", text)
 
 
+def pool_name(questions: Sequence[FileQuestion]) -> str:
+    """A name for the documents of all questions: other documents have another one."""
+    texts = dict.fromkeys(text for one in questions for text in (*one.relevant, *one.others))
+    return chunk_id("pool", "\n".join(map(document_of, texts)))[:12]
+
+
 def bring_in(
     store: DocumentStore,
     questions: Sequence[FileQuestion],
