@@ -103,7 +103,7 @@ class Asker:
         if mode not in ("memory", "documents"):
             raise ConfigError(f"unknown mode {mode!r}; use memory or documents")
         check_policy(policy)
-        chosen: Policy = next((name for name in POLICIES if name == policy), "context")
+        chosen: Policy | None = next((name for name in POLICIES if name == policy), None)
         # Documents, ledger and weights are read under one lock, the one that a change of any of them takes.
         with self.reader.holding():
             found = [*given, *self._passages(question)] if mode == "documents" else []
@@ -113,7 +113,7 @@ class Asker:
                 # What is stopped looks like what nobody knows: no voice is heard.
                 return self._unknown(question, mode, policy)
             reading = readings[-1]
-            verdict = judge(self.handle, question, passages, chosen)
+            verdict = judge(self.handle, question, passages, chosen or "context")
             entry = self._entry(question)
             state = self.handle.state
         said = verdict.to_json()

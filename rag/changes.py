@@ -55,7 +55,7 @@ def read_changes(file: str | Path) -> list[Change]:
 def _change(row: Any, file: str, line: int, error: DataError | None) -> Change:
     if error is not None:
         raise error
-    op = next((known for known in OPERATIONS if known == row.get("op", "edit")), None)
+    op: Operation | None = next((known for known in OPERATIONS if known == row.get("op", "edit")), None)
     if op is None:
         raise DataError(f"unknown op {row.get('op')!r}; use {', '.join(OPERATIONS)}", file, line)
     needed = ("subject", "relation", "object") if op == "edit" else ("subject", "relation")
