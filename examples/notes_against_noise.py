@@ -36,11 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(
                     f"{reader} {name}: {figure.mean:.2f} [{figure.low:.2f}, {figure.high:.2f}] of {figure.n}"
                 )
-    reading = READERS.get("con")(handle).read(asked[0].question, asked[0].passages)
-    print(f"{reading.question}\n  document: {asked[0].passages[0].text}")
-    for note in reading.notes:
-        print(f"  note ({note.kind}): {note.text}")
-    print(f"  answer: {reading.answer}")
+    readings = READERS.get("con")(handle).read_many([(one.question, one.passages) for one in asked])
+    for one, reading in zip(asked, readings, strict=True):
+        print(f"{one.question}\n  document: {one.passages[0].text}")
+        for note in reading.notes:
+            print(f"  note ({note.kind}): {note.text}")
+        print(f"  answer: {reading.answer} (right: {one.answers[0]})")
 
 
 if __name__ == "__main__":
