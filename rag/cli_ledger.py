@@ -1,4 +1,4 @@
-"""Commands over the ledger: ``ledger edit|forget|restore|rollback|show|reconcile|check``, and ``serve``."""
+"""Commands over the ledger: ``ledger list|edit|forget|apply|restore|rollback|reconcile|check``, and ``serve``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ app.add_typer(ledger_app)
 PANEL = "Ledger"
 
 Folder = Annotated[Path, typer.Option("--ledger", help="Folder of the ledger.", rich_help_panel=PANEL)]
-Index = Annotated[
+Store = Annotated[
     Path | None,
     typer.Option(
-        "--index", help="Index of documents (`knowlab rag index`).", rich_help_panel=PANEL, show_default=False
+        "--store", help="Index of documents (`knowlab rag index`).", rich_help_panel=PANEL, show_default=False
     ),
 ]
 Documents = Annotated[
@@ -85,15 +85,15 @@ Read = Annotated[
 _HOME = Path("ledger")
 
 
-def _store(index: Path | None, documents: Path | None, *, write: bool) -> DocumentStore:
+def _store(store: Path | None, documents: Path | None, *, write: bool) -> DocumentStore:
     from rag.store import MemoryStore
 
-    if index is not None and documents is not None:
-        raise ConfigError("give --index or --documents, not both")
-    if index is not None:
+    if store is not None and documents is not None:
+        raise ConfigError("give --store or --documents, not both")
+    if store is not None:
         from rag.index import open_index
 
-        return open_index(index, write=write)
+        return open_index(store, write=write)
     if documents is not None:
         from rag.app.service import read_folder
 
@@ -139,7 +139,7 @@ def edit(
     on_conflict: OnConflict = "edit_wins",
     read: Read = False,
     ledger: Folder = _HOME,
-    index: Index = None,
+    store: Store = None,
     documents: Documents = None,
     model: opt.Model = "atlas",
     patch: opt.Patches = None,
@@ -157,7 +157,7 @@ def edit(
     fact = named_fact(subject, relation, object=object, prompt=prompt)
     handle = open_model(model, patch, device=device, dtype=dtype)
     make = edit_maker(handle, editor, fact, target, seed=seed)
-    with _open(ledger, _store(index, documents, write=True), handle, read=read) as book:
+    with _open(ledger, _store(store, documents, write=True), handle, read=read) as book:
         outcome = book.edit(
             fact, target, make, on_conflict=policy, question=question_of(fact), names=names_of(fact)
         )
@@ -181,7 +181,7 @@ def forget(
     on_conflict: OnConflict = "edit_wins",
     read: Read = False,
     ledger: Folder = _HOME,
-    index: Index = None,
+    store: Store = None,
     documents: Documents = None,
     model: opt.Model = "atlas",
     patch: opt.Patches = None,
@@ -199,11 +199,67 @@ def forget(
     fact = named_fact(subject, relation, object=object, prompt=prompt)
     handle = open_model(model, patch, device=device, dtype=dtype)
     make = None if method == "none" else forget_maker(handle, method, fact, seed=seed)
-    with _open(ledger, _store(index, documents, write=True), handle, read=read) as book:
+    with _open(ledger, _store(store, documents, write=True), handle, read=read) as book:
         outcome = book.forget(
             fact, make, on_conflict=policy, question=question_of(fact), names=names_of(fact)
         )
     _say("ledger forget", outcome, json, seed=seed, model=model, method=method)
+
+
+_APPLY = """Carry out the changes of a file, one transaction a line, in their order; stops at the first that is refused.
+
+A line is a fact in the one file form of all commands, and what becomes of it in `op`: `edit` (the default: `object` is what the
+model shall say), `forget` or `restore`. What was carried out before a refusal stays; `knowlab ledger rollback` takes it back.
+"""
+
+
+@ledger_app.command("apply", help=_APPLY)
+def apply_file(
+    file: Annotated[Path, typer.Argument(help="JSON lines: subject, relation, object, op.")],
+    editor: Annotated[
+        str, typer.Option("--editor", "-e", help="`knowlab list editors`.", rich_help_panel=PANEL)
+    ] = "rome",
+    method: Annotated[
+        str,
+        typer.Option("--method", help="For `forget`: as for `knowlab ledger forget`.", rich_help_panel=PANEL),
+    ] = "rome",
+    on_conflict: OnConflict = "edit_wins",
+    read: Read = False,
+    ledger: Folder = _HOME,
+    store: Store = None,
+    documents: Documents = None,
+    model: opt.Model = "atlas",
+    patch: opt.Patches = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.Dtype = "float32",
+    json: opt.Json = None,
+) -> None:
+    """Carry out the changes of a file."""
+    from lab.cli.session import open_model
+    from rag.changes import carry_out, read_changes
+
+    policy = _policy(on_conflict)
+    changes = read_changes(file)
+    handle = open_model(model, patch, device=device, dtype=dtype)
+    outcomes = []
+    with _open(ledger, _store(store, documents, write=True), handle, read=read) as book:
+        for change in changes:
+            outcome = carry_out(book, handle, change, editor, method, on_conflict=policy, seed=seed)
+            outcomes.append((change, outcome))
+            if not outcome.done:
+                break
+    rows = [
+        (change.op, change.subject, change.relation, change.object, outcome.entry, outcome.reason or "done")
+        for change, outcome in outcomes
+    ]
+    columns = ("op", "subject", "relation", "object", "entry", "outcome")
+    console(json).print(table("Changes", columns, rows))
+    done = [change.to_json() | outcome.to_json() for change, outcome in outcomes]
+    content = {"model": model, "changes": len(changes), "outcomes": done}
+    write_json(json, "ledger apply", seed, content)
+    if not outcomes[-1][1].done:
+        raise typer.Exit(1)
 
 
 @ledger_app.command()
@@ -211,7 +267,7 @@ def restore(
     subject: Subject,
     relation: Relation,
     ledger: Folder = _HOME,
-    index: Index = None,
+    store: Store = None,
     documents: Documents = None,
     json: opt.Json = None,
 ) -> None:
@@ -219,7 +275,7 @@ def restore(
     from rag.facts import relation_name
     from rag.ledger.values import fact_id
 
-    with _open(ledger, _store(index, documents, write=True), None) as book:
+    with _open(ledger, _store(store, documents, write=True), None) as book:
         outcome = book.restore(fact_id(subject, relation_name(relation)))
     _say("ledger restore", outcome, json)
 
@@ -228,18 +284,18 @@ def restore(
 def rollback(
     entry: Annotated[int, typer.Argument(help="Number of the entry.", show_default=False)],
     ledger: Folder = _HOME,
-    index: Index = None,
+    store: Store = None,
     documents: Documents = None,
     json: opt.Json = None,
 ) -> None:
     """Take an entry off, as if it had never been."""
-    with _open(ledger, _store(index, documents, write=True), None) as book:
+    with _open(ledger, _store(store, documents, write=True), None) as book:
         outcome = book.rollback(entry)
     _say("ledger rollback", outcome, json)
 
 
-@ledger_app.command()
-def show(
+@ledger_app.command("list")
+def list_entries(
     ledger: Folder = _HOME,
     json: opt.Json = None,
 ) -> None:
@@ -256,7 +312,7 @@ def show(
         "contested": contested,
         "transactions": journal,
     }
-    write_json(json, "ledger show", None, content)
+    write_json(json, "ledger list", None, content)
 
 
 def _row(entry: Entry, contested: list[int]) -> tuple[Any, ...]:
@@ -267,7 +323,7 @@ def _row(entry: Entry, contested: list[int]) -> tuple[Any, ...]:
 @ledger_app.command()
 def reconcile(
     ledger: Folder = _HOME,
-    index: Index = None,
+    store: Store = None,
     documents: Documents = None,
     model: Annotated[
         str,
@@ -279,7 +335,7 @@ def reconcile(
     from lab.cli.session import open_model
 
     handle = open_model(model) if model else None
-    with _open(ledger, _store(index, documents, write=True), handle) as book:
+    with _open(ledger, _store(store, documents, write=True), handle) as book:
         found = book.reconciled
     screen = console(json)
     for name, value in asdict(found).items():
@@ -290,12 +346,12 @@ def reconcile(
 @ledger_app.command()
 def check(
     ledger: Folder = _HOME,
-    index: Index = None,
+    store: Store = None,
     documents: Documents = None,
     json: opt.Json = None,
 ) -> None:
     """Say what does not agree; changes nothing, fails where something does not."""
-    with _open(ledger, _store(index, documents, write=False), None, write=False) as book:
+    with _open(ledger, _store(store, documents, write=False), None, write=False) as book:
         problems = book.check()
     screen = console(json)
     for line in problems or ["ledger, patches and documents agree"]:
@@ -335,13 +391,13 @@ def serve(
         str, typer.Option("--reader", help="See `knowlab list readers`.", rich_help_panel=PANEL)
     ] = "con",
     decoding: Annotated[
-        str, typer.Option("--decoding", help="As for `knowlab read`.", rich_help_panel=PANEL)
+        str, typer.Option("--decoding", help="As for `knowlab rag ask`.", rich_help_panel=PANEL)
     ] = "greedy",
     editor: Annotated[
         str, typer.Option("--editor", "-e", help="`knowlab list editors`.", rich_help_panel=PANEL)
     ] = "rome",
     ledger: Folder = _HOME,
-    index: Index = None,
+    store: Store = None,
     documents: Documents = None,
     model: opt.Model = "atlas",
     patch: opt.Patches = None,
@@ -361,10 +417,10 @@ def serve(
             token = token_file.read_text(encoding="utf-8").strip()
         except OSError as error:
             raise RequestError(f"the token file {token_file} cannot be read: {error.strerror}") from None
-    store = _store(index, documents, write=True)
+    held = _store(store, documents, write=True)
     handle = open_model(model, patch, device=device, dtype=dtype)
-    with _open(ledger, store, handle) as book:
-        service = Service(handle, store, book, reader=reader, decoding=decoding, editor=editor)
+    with _open(ledger, held, handle) as book:
+        service = Service(handle, held, book, reader=reader, decoding=decoding, editor=editor)
         made = create_app(service, host=host, token=token or None)
         console().print(f"http://{host}:{port}/ (API: /docs); stop with Ctrl-C", markup=False)
         uvicorn.run(made, host=host, port=port, log_level="warning")

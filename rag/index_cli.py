@@ -1,4 +1,4 @@
-"""The commands ``knowlab index``: bring documents in, search them, show what is there."""
+"""``knowlab rag index|search|show``: bring documents in, search them, show what is there."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from lab.records import Trust
     from rag.index.chroma import Mode
 
-app = typer.Typer(help="Documents that can be searched and read.", no_args_is_help=True)
+app = typer.Typer()
 
 INDEX_PANEL = "Index"
 Place = Annotated[
     str,
     typer.Option(
-        "--index",
+        "--store",
         help="Index folder, or the address of a Chroma server (http://127.0.0.1:8000).",
         rich_help_panel=INDEX_PANEL,
         show_default=False,
@@ -37,23 +37,23 @@ Embedding = Annotated[
     ),
 ]
 
-_ADD = """Bring a folder of text, Markdown, HTML, PDF and JSONL into an index; again, to bring in what changed.
+_INDEX = """Bring a folder of text, Markdown, HTML, PDF and JSONL into an index; again, to bring in what changed.
 
 A JSONL row is a document: `text`, and if wanted `id`, `trust` and further fields. What cannot be read is listed and left out, and
 what the index holds of it stays; with --strict nothing is written then.
 
 Examples:
 
-    knowlab index add docs --index store
+    knowlab rag index docs --store store
 
-    knowlab index add docs --index store --prune
+    knowlab rag index docs --store store --prune
 """
 
 
-@app.command(help=_ADD)
-def add(
+@app.command("index", help=_INDEX)
+def bring_in(
     folder: Annotated[Path, typer.Argument(help="Folder, or one file.", show_default=False)],
-    index: Place,
+    store: Place,
     name: Annotated[
         str,
         typer.Option(
@@ -102,7 +102,7 @@ def add(
     level = _trust(trust)
     if not folder.exists():
         raise ConfigError(f"no such folder: {folder}")
-    with open_index(index, embeddings=embeddings, write=True) as opened, progress() as advance:
+    with open_index(store, embeddings=embeddings, write=True) as opened, progress() as advance:
         done = ingest(
             opened,
             folder,
@@ -125,13 +125,13 @@ def add(
         out.print(f"{len(done.missing)} documents are no longer in the folder; --prune removes them")
     if done.skipped:
         out.print(f"{len(done.skipped)} files of other kinds were passed over")
-    write_json(json, "index add", None, {"index": index, "folder": folder, **done.to_json()})
+    write_json(json, "rag index", None, {"store": store, "folder": folder, **done.to_json()})
 
 
 @app.command()
 def search(
     query: Annotated[str, typer.Argument(help="A question, or words.", show_default=False)],
-    index: Place,
+    store: Place,
     k: Annotated[int, typer.Option("--k", min=1, help="How many chunks.", rich_help_panel=INDEX_PANEL)] = 5,
     mode: Annotated[
         str,
@@ -180,13 +180,13 @@ def search(
     where: dict[str, list[Scalar]] = {"source": [*source]} if source else {}
     if level:
         where["trust"] = [level]
-    with open_index(index, embeddings=embeddings) as opened:
+    with open_index(store, embeddings=embeddings) as opened:
         found = opened.search(query, k, where, mode=chosen, mmr=mmr)
     out = console(json)
     rows = [(hit.score, hit.chunk.source, hit.chunk.trust, hit.chunk.text) for hit in found]
     out.print(table("Found", ("score", "document", "trust", "text"), rows))
     content = {
-        "index": index,
+        "store": store,
         "query": query,
         "mode": mode,
         "found": [
@@ -203,17 +203,17 @@ def search(
             for hit in found
         ],
     }
-    write_json(json, "index search", None, content)
+    write_json(json, "rag search", None, content)
 
 
 @app.command()
-def show(index: Place, embeddings: Embedding = None, json: opt.Json = None) -> None:
+def show(store: Place, embeddings: Embedding = None, json: opt.Json = None) -> None:
     """Show what an index holds."""
     from collections import Counter
 
     from rag.index import open_index
 
-    with open_index(index, embeddings=embeddings) as opened:
+    with open_index(store, embeddings=embeddings) as opened:
         chunks, name = opened.chunks(), opened.embedding
     sources = Counter(chunk.source for chunk in chunks)
     statuses = Counter(chunk.status for chunk in chunks)
@@ -222,13 +222,13 @@ def show(index: Place, embeddings: Embedding = None, json: opt.Json = None) -> N
     out.print(table("Chunks", ("status", "chunks"), sorted(statuses.items())))
     out.print(table("Documents", ("document", "chunks"), sorted(sources.items())))
     content = {
-        "index": index,
+        "store": store,
         "embeddings": name,
         "chunks": len(chunks),
         "statuses": dict(statuses),
         "documents": dict(sorted(sources.items())),
     }
-    write_json(json, "index show", None, content)
+    write_json(json, "rag show", None, content)
 
 
 def _trust(written: str | None) -> Trust | None:

@@ -12,6 +12,14 @@ import pytest
 from lab.records import Fact, write_facts
 from tests.standin import CAPITALS
 
+# Run in tests/rag/test_examples.py.
+RAG_EXAMPLES = {
+    "ask_a_folder",
+    "chroma_server",
+    "edit_meets_document",
+    "langchain_chain",
+    "notes_against_noise",
+}
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -54,7 +62,7 @@ def knowedit_file(tmp_path: Path) -> Path:
 
 
 def test_every_example_has_a_test():
-    tested = {"audit_a_model", "edit_a_fact", "knowedit_benchmark", "unlearn_a_set"}
+    tested = {"audit_a_model", "edit_a_fact", "knowedit_benchmark", "unlearn_a_set"} | RAG_EXAMPLES
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 

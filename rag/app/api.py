@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lab.errors import BusyError, ConfigError, KnowLabError, RequestError
 from rag.app.limits import BodyLimit
-from rag.app.service import MAX_DOCUMENT, MAX_QUESTION, Service
+from rag.app.service import MAX_DOCUMENT, Service
+from rag.asking import MAX_QUESTION
 
 # A character takes up to four bytes, or six when JSON escapes it.
 MAX_BODY = 6 * MAX_DOCUMENT + 10_000

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from lab.data.text import normalize_answer
-from lab.errors import ConfigError, RequestError
-from lab.records import Passage, Trust
+from lab.errors import RequestError
+from lab.records import Trust
+from rag.asking import Asker
 from rag.facts import named_fact, names_of, question_of
 from rag.ledger import Ledger
-from rag.ledger.conflicts import mentions
-from rag.ledger.values import Entry, OnConflict
+from rag.ledger.values import OnConflict
 from rag.makers import edit_maker
 from rag.store import Chunk, DocumentStore, chunk_id
-from rag.verdict import Voice, decide
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
-    from rag.guard import Decision, Thresholds
-    from rag.readers import Reading
-    from rag.verdict import Policy
+    from rag.guard import Thresholds
 
-MAX_QUESTION = 2_000
 MAX_DOCUMENT = 1_000_000
 _PIECE = 600
 
@@ -56,74 +50,23 @@ class Service:
         documents: int = 4,
         thresholds: Thresholds | None = None,
     ) -> None:
-        from rag.decoding import get_rule
-        from rag.readers import READERS
-
         self.handle = handle
         self.store = store
         self.ledger = ledger
         self.editor = editor
-        self.documents = documents
-        self.thresholds = thresholds
-        self.reader = READERS.get(reader)(handle, get_rule(decoding))
+        self.asker = Asker(
+            handle,
+            store,
+            ledger,
+            reader=reader,
+            decoding=decoding,
+            documents=documents,
+            thresholds=thresholds,
+        )
 
     def ask(self, question: str, *, mode: str = "documents", policy: str = "context") -> dict[str, Any]:
-        """Answers a question.
-
-        Args:
-            question: At most ``MAX_QUESTION`` characters.
-            mode: ``memory`` (no documents) or ``documents``.
-            policy: Who wins where sources differ: ``context``, ``memory``, ``trust``, or ``ledger`` (what the ledger says, then
-                documents before memory).
-
-        Raises:
-            RequestError: The question is empty or too long.
-            ConfigError: An unknown mode or policy.
-        """
-        from rag.verdict import POLICIES, judge
-
-        question = question.strip()
-        if not question:
-            raise RequestError("the question is empty")
-        if len(question) > MAX_QUESTION:
-            raise RequestError(
-                f"the question has {len(question)} characters; ask with at most {MAX_QUESTION}"
-            )
-        if mode not in ("memory", "documents"):
-            raise ConfigError(f"unknown mode {mode!r}; use memory or documents")
-        if policy not in (*POLICIES, "ledger"):
-            raise ConfigError(f"unknown policy {policy!r}; use {', '.join(POLICIES)} or ledger")
-        chosen: Policy | None = next((name for name in POLICIES if name == policy), None)
-        # Documents, ledger and weights are read under one lock, the one that a change of any of them takes.
-        with self.handle.reading():
-            found = self._passages(question) if mode == "documents" else []
-            decision, readings = self._guarded(question, found)
-            passages = list(decision.passages)
-            if decision.stopped:
-                # What is stopped looks like what nobody knows: no voice is heard.
-                return self._unknown(question, mode, policy)
-            reading = readings[-1]
-            verdict = judge(self.handle, question, passages, chosen or "context")
-            entry = self._entry(question)
-            state = self.handle.state
-        said = verdict.to_json()
-        said["context"] = said.pop("documents")
-        said["ledger"] = _ledger_voice(entry)
-        said["policy"] = policy
-        answer = reading.answer
-        if policy == "ledger" and entry is not None and entry.op == "edit":
-            said |= {"answer": entry.new, "winner": "ledger"}
-            answer = str(entry.new)
-        return {
-            "question": question,
-            "mode": mode,
-            "answer": answer,
-            "known": reading.known or answer != reading.answer,
-            "verdict": said,
-            "notes": [note.to_json() for note in reading.notes],
-            "passages": [asdict(passage) for passage in passages],
-            "state": state,
-        }
+        """Answers a question; see ``Asker.ask``."""
+        return self.asker.ask(question, mode=mode, policy=policy)
 
     def edit(
         self,
@@ -192,60 +135,6 @@ class Service:
             "entries": len(active),
             "open": len(self.ledger.rows.open()),
         }
-
-    def _guarded(self, question: str, passages: Sequence[Passage]) -> tuple[Decision, list[Reading]]:
-        """What the guard lets through, and the readings it took; the last is that of the answer."""
-        from rag.guard import Forgotten, Guard
-
-        ruling = self.ledger.in_force().values()
-        facts = [Forgotten.of_entry(entry) for entry in ruling if entry.op == "forget"]
-        guard = Guard(self.handle, facts, self.thresholds)
-        readings: list[Reading] = []
-
-        def read(some: Sequence[Passage]) -> str:
-            readings.append(self.reader.read(question, some))
-            return readings[-1].answer
-
-        return guard.answer(question, passages, read), readings
-
-    def _unknown(self, question: str, mode: str, policy: str) -> dict[str, Any]:
-        unknown = self.reader.prompts.unknown
-        silent = decide(question, Voice("memory", None), (), "context", unknown=unknown).to_json()
-        del silent["documents"]
-        return {
-            "question": question,
-            "mode": mode,
-            "answer": unknown,
-            "known": False,
-            "verdict": {**silent, "context": [], "ledger": None, "policy": policy},
-            "notes": [],
-            "passages": [],
-            "state": self.handle.state,
-        }
-
-    def _passages(self, question: str) -> list[Passage]:
-        return [found.chunk.passage for found in self.store.search(question, self.documents)]
-
-    def _entry(self, question: str) -> Entry | None:
-        """The entry in force that a question asks for: its own question, or its subject with the relation's label."""
-        from lab.atlas.forms import load_format
-
-        relations = load_format().relations
-        for entry in self.ledger.in_force().values():
-            fact = entry.fact
-            if normalize_answer(question) == normalize_answer(fact.question):
-                return entry
-            label = relations[fact.relation].label if fact.relation in relations else fact.relation
-            if mentions(question, fact.names) and mentions(question, [label]):
-                return entry
-        return None
-
-
-def _ledger_voice(entry: Entry | None) -> dict[str, Any] | None:
-    # To say that a fact was forgotten would say what it was.
-    if entry is None or entry.op != "edit":
-        return None
-    return {"entry": entry.id, "op": entry.op, "answer": entry.new, "before": entry.fact.answers[0]}
 
 
 def check_name(name: str) -> str:

@@ -3,8 +3,8 @@
 The gated product of an MLP, which its down projection reads, is multiplied by a factor λ in some layers; 0 mutes them, 1 leaves
 them as they are, more amplifies memory. The paper finds the layers by how much more they are active before unfaithful answers;
 here their effect is measured: how much less likely memory's answer becomes, below the documents, when one layer alone is scaled.
-That does not tell a layer that pushes memory from one that everything needs: a small factor can break a small model, and notes
-suffer before answers do.
+That does not tell a layer that pushes memory from one that everything needs: a small factor can break a small model. Notes are
+written by the muted model too; what that does to them has not been measured.
 """
 
 from __future__ import annotations

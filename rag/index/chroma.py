@@ -104,7 +104,7 @@ class Index:
             else:
                 if not self.writable and not (self._folder / "chroma.sqlite3").is_file():
                     raise ConfigError(
-                        f"no index in {self._folder}; make one with `knowlab index add FOLDER --index {self._folder}`"
+                        f"no index in {self._folder}; make one with `knowlab rag index FOLDER --store {self._folder}`"
                     )
                 self._seen = self._revision()
                 self._client = chromadb.PersistentClient(path=str(self._folder), settings=settings)

@@ -255,7 +255,7 @@ class Ledger:
             active = [entry for entry in entries if entry.fact.id == fact and entry.status == "active"]
             taken = [entry for entry in active if entry.op != "restore"]
             if not taken:
-                raise RequestError(f"no entry about the fact {fact!r} is in force (`knowlab ledger show`)")
+                raise RequestError(f"no entry about the fact {fact!r} is in force (`knowlab ledger list`)")
             number = self._next(entries)
             numbers = tuple(entry.id for entry in active)
             entry = Entry(
@@ -400,6 +400,17 @@ class Ledger:
         if gone:
             self.store.remove(gone)
         self._step("remove")
+
+    def hold_weights(self) -> None:
+        """Puts the patches of the entries in force on the model and changes nothing else; for who only reads the ledger.
+
+        Raises:
+            BaseMismatchError: Entries in force were made for another model.
+        """
+        with self._mutex, self.weights.writing():
+            active = [entry for entry in self.entries() if entry.status == "active"]
+            self._check_base(active)
+            self.weights.hold(self._folders(active))
 
     def _settle(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ends every open transaction; returns the numbers of the completed and of the reversed ones."""

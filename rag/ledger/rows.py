@@ -215,7 +215,7 @@ def the_entry(entries: Sequence[Entry], number: int) -> Entry:
     """
     found = next((entry for entry in entries if entry.id == number), None)
     if found is None:
-        raise RequestError(f"the ledger has no entry {number}; it has {len(entries)} (`knowlab ledger show`)")
+        raise RequestError(f"the ledger has no entry {number}; it has {len(entries)} (`knowlab ledger list`)")
     return found
 
 

@@ -13,7 +13,7 @@ from rag.readers.base import Item, Reader, Reading
 from rag.readers.prompted import DirectReader
 
 # A note is a sentence, and there is an answer behind the notes.
-_TOKENS_PER_NOTE = 40
+TOKENS_PER_NOTE = 40
 
 
 class NotesReader(Reader):
@@ -55,7 +55,7 @@ class NotesReader(Reader):
             prompts,
             prompts,
             Greedy() if self.rule.uses_memory else self.rule,
-            max_new_tokens=self.max_new_tokens + _TOKENS_PER_NOTE * longest,
+            max_new_tokens=self.max_new_tokens + TOKENS_PER_NOTE * longest,
             stop=self.prompts.note_stop,
         )
         readings = []

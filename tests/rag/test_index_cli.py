@@ -26,17 +26,17 @@ def built(folder, tmp_path_factory):
     from lab.cli.root import run
 
     place = tmp_path_factory.mktemp("cli") / "index"
-    assert run(["index", "add", str(folder), "--index", str(place)]) == 0
+    assert run(["rag", "index", str(folder), "--store", str(place)]) == 0
     return place
 
 
 def test_add_again_and_show(built, folder, capsys, tmp_path):
-    again = result(capsys, tmp_path, "index", "add", str(folder), "--index", str(built))
+    again = result(capsys, tmp_path, "rag", "index", str(folder), "--store", str(built))
     assert (again["added"], again["removed"], again["unchanged"]) == (0, 0, 20)
     assert [problem["source"] for problem in again["problems"]] == ["docs/bad.txt"]
-    shown = result(capsys, tmp_path, "index", "show", "--index", str(built))
+    shown = result(capsys, tmp_path, "rag", "show", "--store", str(built))
     assert (shown["chunks"], shown["statuses"], shown["embeddings"]) == (20, {"live": 20}, "minilm")
-    code, _, err = call(capsys, "index", "add", str(folder), "--index", str(built), "--strict")
+    code, _, err = call(capsys, "rag", "index", str(folder), "--store", str(built), "--strict")
     assert code != 0 and "bad.txt" in err and "nothing was written" in err
 
 
@@ -59,29 +59,29 @@ def test_search_and_read(built, capsys, tmp_path, atlas):
     if not atlas:
         pytest.skip("the stand-in cannot read three documents")
     case = CASES[0]
-    found = result(capsys, tmp_path, "index", "search", case.question, "--index", str(built), "--k", "2")[
+    found = result(capsys, tmp_path, "rag", "search", case.question, "--store", str(built), "--k", "2")[
         "found"
     ]
     assert len(found) == 2
     assert case.document.text in [hit["text"] for hit in found]
     source = found[1]["source"]
     narrow = result(
-        capsys, tmp_path, "index", "search", case.question, "--index", str(built), "--source", source
+        capsys, tmp_path, "rag", "search", case.question, "--store", str(built), "--source", source
     )
     assert [hit["source"] for hit in narrow["found"]] == [source]
     read = result(
-        capsys, tmp_path, "read", case.question, "--index", str(built), "--k", "2", "-d", "Mine.", "--max-new-tokens", "2"
+        capsys, tmp_path, "rag", "ask", case.question, "--store", str(built), "--k", "2", "-d", "Mine.", "--max-new-tokens", "2"
     )  # fmt: skip
-    assert [passage["text"] for passage in read["documents"]] == ["Mine.", *(hit["text"] for hit in found)]
+    assert [passage["text"] for passage in read["passages"]] == ["Mine.", *(hit["text"] for hit in found)]
 
 
 def test_errors_are_one_line(built, capsys, tmp_path):
     for words, part in (
-        (("index", "search", "x", "--index", str(tmp_path / "no")), "no index"),
-        (("index", "search", "x", "--index", str(built), "--mode", "fuzzy"), "fuzzy"),
-        (("index", "search", "x", "--index", str(built), "--trust", "sure"), "sure"),
-        (("index", "add", str(tmp_path / "no"), "--index", str(tmp_path / "i")), "no such folder"),
-        (("read", "x", "--index", str(tmp_path / "no")), "no index"),
+        (("rag", "search", "x", "--store", str(tmp_path / "no")), "no index"),
+        (("rag", "search", "x", "--store", str(built), "--mode", "fuzzy"), "fuzzy"),
+        (("rag", "search", "x", "--store", str(built), "--trust", "sure"), "sure"),
+        (("rag", "index", str(tmp_path / "no"), "--store", str(tmp_path / "i")), "no such folder"),
+        (("rag", "ask", "x", "--store", str(tmp_path / "no")), "no index"),
     ):
         code, _, err = call(capsys, *words)
         assert code != 0 and part in err

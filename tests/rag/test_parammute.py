@@ -118,6 +118,6 @@ def test_a_reader_mutes_and_puts_back(reader):
     (plain_known, plain_told), (quiet_known, quiet_told) = shares("greedy"), shares("parammute")
     assert quiet_known < plain_known
     if reader == "direct":
-        # Notes are muted too and get worse, so only the direct reader gains what memory loses.
+        # Notes are written by the muted model too, so what the document gains is asked of the direct reader alone.
         assert quiet_told > plain_told
     assert handle.weights_digest() == digest and hooks(handle) == 0

@@ -143,14 +143,17 @@ def test_the_command_reads_texts_and_files(model, capsys, tmp_path):
     case = CASES[0]
     file = tmp_path / "report.txt"
     file.write_text(case.document.text.replace(" ", "\n"), encoding="utf-8")
-    words = ("read", case.question, "-d", f"verified:{file}", "-d", case.about_another.text)
+    words = ("rag", "ask", case.question, "-d", f"verified:{file}", "-d", case.about_another.text)
     found = result(capsys, tmp_path, *words, "--decoding", "adacad", "--policy", "trust")
-    assert [row["trust"] for row in found["documents"]] == ["verified", None]
-    assert found["documents"][0]["text"] == case.document.text
-    assert found["documents"][0]["source"] == str(file)
+    assert [row["trust"] for row in found["passages"]] == ["verified", None]
+    assert found["passages"][0]["text"] == case.document.text
+    assert found["passages"][0]["source"] == str(file)
     assert found["verdict"]["winner"] == "documents"
     assert same_answer(found["verdict"]["answer"], case.told)
-    assert len(found["reading"]["notes"]) == 2
+    assert len(found["notes"]) == 2
+    assert {"memory", "context", "ledger", "winner", "policy"} <= set(found["verdict"])
+    assert len(found["verdict"]["context"]) == 2 and found["verdict"]["ledger"] is None
+    assert isinstance(found["answer"], str)
     code, out, _ = call(capsys, *words, "--reader", "direct")
     assert code == 0 and "Verdict:" in out and "Who says what" in out and "Notes" not in out
 
@@ -159,11 +162,12 @@ def test_the_command_reads_texts_and_files(model, capsys, tmp_path):
     ("words", "said"),
     [
         (("--policy", "contxt"), "unknown policy"),
+        (("--policy", "ledger"), "needs --ledger"),
         (("--decoding", "cda"), "did you mean"),
         (("--reader", "cno"), "did you mean con"),
         (("-d", "verified: "), "document 1 is empty"),
     ],
 )
 def test_a_wrong_word_is_named_before_a_model_is_loaded(words, said, capsys):
-    code, _, err = call(capsys, "read", "Q?", "--model", "no-such-model", *words)
+    code, _, err = call(capsys, "rag", "ask", "Q?", "--model", "no-such-model", *words)
     assert code == 2 and said in err

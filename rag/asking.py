@@ -1,0 +1,195 @@
+"""Asking with documents and a ledger: one answer, who said what, and what the ledger holds; nothing forgotten comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from lab.data.text import normalize_answer
+from lab.errors import ConfigError, RequestError
+from lab.records import Passage
+from rag.ledger.conflicts import mentions
+from rag.verdict import POLICIES, Policy, Voice, decide, judge
+
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
+    from rag.guard import Decision, Thresholds
+    from rag.ledger import Entry, Ledger
+    from rag.readers import Reading
+    from rag.store import DocumentStore
+
+MAX_QUESTION = 2_000
+ALL_POLICIES = (*POLICIES, "ledger")
+
+
+def check_policy(policy: str) -> None:
+    """Refuses a policy that an ``Asker`` does not know.
+
+    Raises:
+        ConfigError: There is no such policy.
+    """
+    if policy not in ALL_POLICIES:
+        raise ConfigError(f"unknown policy {policy!r}; use {', '.join(ALL_POLICIES)}")
+
+
+class Asker:
+    """Answers questions from a model, documents and, where there is one, a ledger.
+
+    Args:
+        handle: The model; its patches are those of the ledger.
+        store: The documents, as they are searched; none by default.
+        ledger: What was edited and forgotten; nothing by default.
+        reader: How documents are read (``knowlab list readers``).
+        decoding: How answers are decoded.
+        documents: How many documents of the store an answer is given at most.
+        thresholds: Where the guard's measuring gates close while something is to be forgotten; see ``rag.guard.calibrate``.
+        max_new_tokens: Longest answer.
+
+    Raises:
+        UnknownNameError: There is no such reader or rule.
+    """
+
+    def __init__(
+        self,
+        handle: ModelHandle,
+        store: DocumentStore | None = None,
+        ledger: Ledger | None = None,
+        *,
+        reader: str = "con",
+        decoding: str = "greedy",
+        documents: int = 4,
+        thresholds: Thresholds | None = None,
+        max_new_tokens: int = 24,
+    ) -> None:
+        from rag.decoding import get_rule
+        from rag.readers import READERS
+
+        self.handle = handle
+        self.store = store
+        self.ledger = ledger
+        self.documents = documents
+        self.thresholds = thresholds
+        self.reader = READERS.get(reader)(handle, get_rule(decoding), max_new_tokens=max_new_tokens)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        mode: str = "documents",
+        policy: str = "context",
+        given: Sequence[Passage] = (),
+    ) -> dict[str, Any]:
+        """Answers a question.
+
+        Args:
+            question: At most ``MAX_QUESTION`` characters.
+            mode: ``memory`` (no documents) or ``documents``.
+            policy: Who wins where sources differ: ``context``, ``memory``, ``trust``, or ``ledger`` (what the ledger says, then
+                documents before memory).
+            given: Documents that are read before those of the store.
+
+        Raises:
+            RequestError: The question is empty or too long.
+            ConfigError: An unknown mode or policy.
+        """
+        question = question.strip()
+        if not question:
+            raise RequestError("the question is empty")
+        if len(question) > MAX_QUESTION:
+            raise RequestError(
+                f"the question has {len(question)} characters; ask with at most {MAX_QUESTION}"
+            )
+        if mode not in ("memory", "documents"):
+            raise ConfigError(f"unknown mode {mode!r}; use memory or documents")
+        check_policy(policy)
+        chosen: Policy | None = next((name for name in POLICIES if name == policy), None)
+        # Documents, ledger and weights are read under one lock, the one that a change of any of them takes.
+        with self.reader.holding():
+            found = [*given, *self._passages(question)] if mode == "documents" else []
+            decision, readings = self._guarded(question, found)
+            passages = list(decision.passages)
+            if decision.stopped:
+                # What is stopped looks like what nobody knows: no voice is heard.
+                return self._unknown(question, mode, policy)
+            reading = readings[-1]
+            verdict = judge(self.handle, question, passages, chosen or "context")
+            entry = self._entry(question)
+            state = self.handle.state
+        said = verdict.to_json()
+        said["context"] = said.pop("documents")
+        said["ledger"] = _ledger_voice(entry)
+        said["policy"] = policy
+        answer = reading.answer
+        if policy == "ledger" and entry is not None and entry.op == "edit":
+            said |= {"answer": entry.new, "winner": "ledger"}
+            answer = str(entry.new)
+        return {
+            "question": question,
+            "mode": mode,
+            "answer": answer,
+            "known": reading.known or answer != reading.answer,
+            "verdict": said,
+            "notes": [note.to_json() for note in reading.notes],
+            "passages": [asdict(passage) for passage in passages],
+            "state": state,
+        }
+
+    def _guarded(self, question: str, passages: Sequence[Passage]) -> tuple[Decision, list[Reading]]:
+        """What the guard lets through, and the readings it took; the last is that of the answer."""
+        from rag.guard import Forgotten, Guard
+
+        ruling = self._in_force()
+        facts = [Forgotten.of_entry(entry) for entry in ruling if entry.op == "forget"]
+        guard = Guard(self.handle, facts, self.thresholds)
+        readings: list[Reading] = []
+
+        def read(some: Sequence[Passage]) -> str:
+            readings.append(self.reader.read(question, some))
+            return readings[-1].answer
+
+        return guard.answer(question, passages, read), readings
+
+    def _unknown(self, question: str, mode: str, policy: str) -> dict[str, Any]:
+        unknown = self.reader.prompts.unknown
+        silent = decide(question, Voice("memory", None), (), "context", unknown=unknown).to_json()
+        del silent["documents"]
+        return {
+            "question": question,
+            "mode": mode,
+            "answer": unknown,
+            "known": False,
+            "verdict": {**silent, "context": [], "ledger": None, "policy": policy},
+            "notes": [],
+            "passages": [],
+            "state": self.handle.state,
+        }
+
+    def _passages(self, question: str) -> list[Passage]:
+        if self.store is None:
+            return []
+        return [found.chunk.passage for found in self.store.search(question, self.documents)]
+
+    def _in_force(self) -> list[Entry]:
+        return [] if self.ledger is None else list(self.ledger.in_force().values())
+
+    def _entry(self, question: str) -> Entry | None:
+        """The entry in force that a question asks for: its own question, or its subject with the relation's label."""
+        from lab.atlas.forms import load_format
+
+        relations = load_format().relations
+        for entry in self._in_force():
+            fact = entry.fact
+            if normalize_answer(question) == normalize_answer(fact.question):
+                return entry
+            label = relations[fact.relation].label if fact.relation in relations else fact.relation
+            if mentions(question, fact.names) and mentions(question, [label]):
+                return entry
+        return None
+
+
+def _ledger_voice(entry: Entry | None) -> dict[str, Any] | None:
+    # To say that a fact was forgotten would say what it was.
+    if entry is None or entry.op != "edit":
+        return None
+    return {"entry": entry.id, "op": entry.op, "answer": entry.new, "before": entry.fact.answers[0]}

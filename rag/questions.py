@@ -1,0 +1,174 @@
+"""Question files of others, each as it is published: RGB, ConflictQA, RealTimeQA, PopQA and NQ, NQ-Synth.
+
+Every row becomes a question with its answers and, where the file brings documents along, those that bear on the answer and those
+that do not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+from lab.data import Row, read_rows
+from lab.data.text import distinct
+from lab.errors import DataError
+from rag.ledger.conflicts import mentions
+
+_TAG = re.compile(r"<[^>]*>")
+_YES = {"True": ("True", "yes"), "False": ("False", "no")}
+
+
+@dataclass(frozen=True)
+class FileQuestion:
+    """A question of a file.
+
+    Attributes:
+        id: Its name in the file.
+        question: As asked.
+        answers: What is right, the main answer first.
+        relevant: Documents that the file gives as evidence on the answer; none in files of questions alone.
+        others: Further documents of the row: noise, and documents that state a wrong answer.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    relevant: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+def says(text: str, answers: Sequence[str]) -> bool:
+    """Whether a text holds one of the answers as words in a row; in scripts without blanks, as it stands."""
+    if mentions(text, answers):
+        return True
+    return any(not answer.isascii() and answer.casefold() in text.casefold() for answer in answers)
+
+
+def read_questions(file: str | Path) -> tuple[str, list[FileQuestion]]:
+    """Reads a file of questions; rows without an answer or a question are left out.
+
+    Returns:
+        The name of its format, and the questions.
+
+    Raises:
+        DataError: The file is of no known format, or a row breaks its schema; names file and line.
+    """
+    rows = read_rows(file)
+    for row in rows:
+        if row.error is not None:
+            raise row.error
+    first = rows[0]
+    name = next((name for name, (keys, _) in _FORMATS.items() if keys <= set(first.value)), None)
+    if name is None:
+        known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, (keys, _) in _FORMATS.items())
+        raise DataError(
+            f"a row with {', '.join(first.value)} is of no known format ({known})", first.file, first.line
+        )
+    keys, make = _FORMATS[name]
+    made = []
+    for number, row in enumerate(rows):
+        if missing := keys - set(row.value):
+            raise DataError(f"a {name} row needs the field {min(missing)!r}", row.file, row.line)
+        found = make(row, str(number))
+        if found.question and found.answers:
+            made.append(found)
+    if not made:
+        raise DataError("no row has a question and an answer", file)
+    return name, made
+
+
+def _text(row: Row, key: str) -> str:
+    value = row.value.get(key)
+    if not isinstance(value, str):
+        raise DataError(f"field {key!r} must be a text, it is {value!r}", row.file, row.line)
+    return " ".join(value.split())
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts of a value, nested lists flattened; what holds no text is left out."""
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [" ".join(value.split())] if isinstance(value, str) and value.strip() else []
+
+
+def _rgb(row: Row, number: str) -> FileQuestion:
+    value = row.value
+    others = [*_texts(value.get("positive_wrong")), *_texts(value.get("negative"))]
+    return FileQuestion(
+        str(value.get("id", number)),
+        _text(row, "query"),
+        distinct(_texts(value["answer"])),
+        distinct(_texts(value["positive"])),
+        distinct(others),
+    )
+
+
+def _conflictqa(row: Row, number: str) -> FileQuestion:
+    truth = _texts(row.value["ground_truth"])
+    answers = [answer for each in truth for answer in _YES.get(each, (each,))]
+    evidence = [*_texts(row.value["parametric_memory_aligned_evidence"])]
+    evidence += _texts(row.value["counter_memory_aligned_evidence"])
+    return FileQuestion(number, _text(row, "question"), distinct(answers), distinct(evidence))
+
+
+def _realtimeqa(row: Row, number: str) -> FileQuestion:
+    choices, chosen = _texts(row.value["choices"]), _texts(row.value["answer"])
+    try:
+        answers = [choices[int(place)] for place in chosen]
+    except (ValueError, IndexError):
+        raise DataError(
+            f"'answer' {chosen} names none of {len(choices)} choices", row.file, row.line
+        ) from None
+    evidence = unescape(_TAG.sub("", str(row.value.get("evidence") or "")))
+    return FileQuestion(
+        str(row.value.get("question_id", number)),
+        _text(row, "question_sentence"),
+        distinct(answers),
+        distinct(_texts(evidence)),
+    )
+
+
+def _open(row: Row, number: str) -> FileQuestion:
+    answers = row.value["answers"]
+    if isinstance(answers, str):
+        # PopQA writes a list as a text.
+        try:
+            answers = json.loads(answers)
+        except ValueError:
+            answers = [answers]
+    return FileQuestion(str(row.value.get("ids", number)), _text(row, "question"), distinct(_texts(answers)))
+
+
+def _nq_synth(row: Row, number: str) -> FileQuestion:
+    context, found, rest = str(row.value["context_string"]).rpartition("\nQuestion:")
+    if not found:
+        raise DataError("'context_string' holds no line 'Question:'", row.file, row.line)
+    document = context.partition("\nUsing only the references")[0]
+    question = rest.partition("\nAnswer:")[0]
+    answers = distinct(_texts(row.value["gold_answers"]))
+    index = str(row.value.get("input_index", number))
+    return FileQuestion(index, " ".join(question.split()), answers, distinct(_texts(document)))
+
+
+_FORMATS: Mapping[str, tuple[frozenset[str], Callable[[Row, str], FileQuestion]]] = {
+    "rgb": (frozenset({"query", "answer", "positive"}), _rgb),
+    "conflictqa": (
+        frozenset(
+            {
+                "question",
+                "ground_truth",
+                "parametric_memory_aligned_evidence",
+                "counter_memory_aligned_evidence",
+            }
+        ),
+        _conflictqa,
+    ),
+    "realtimeqa": (frozenset({"question_sentence", "choices", "answer"}), _realtimeqa),
+    "nq_synth": (frozenset({"context_string", "gold_answers"}), _nq_synth),
+    "questions": (frozenset({"question", "answers"}), _open),
+}
