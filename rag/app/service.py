@@ -21,7 +21,7 @@ from rag.verdict import Voice, decide
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
-    from rag.guard import Decision, Thresholds
+    from rag.guard import Decision, Guard, Thresholds
     from rag.readers import Reading
     from rag.verdict import Policy
 
@@ -67,7 +67,9 @@ class Service:
         self.thresholds = thresholds
         self.reader = READERS.get(reader)(handle, get_rule(decoding))
 
-    def ask(self, question: str, *, mode: str = "documents", policy: str = "context") -> dict[str, Any]:
+    def ask(
+        self, question: str, *, mode: str = "documents", policy: str = "context", attention: bool = False
+    ) -> dict[str, Any]:
         """Answers a question.
 
         Args:
@@ -75,6 +77,8 @@ class Service:
             mode: ``memory`` (no documents) or ``documents``.
             policy: Who wins where sources differ: ``context``, ``memory``, ``trust``, or ``ledger`` (what the ledger says, then
                 documents before memory).
+            attention: Measures how much the model looks at each passage where the answer begins; nobody else is answered
+                meanwhile.
 
         Raises:
             RequestError: The question is empty or too long.
@@ -95,15 +99,20 @@ class Service:
             raise ConfigError(f"unknown policy {policy!r}; use {', '.join(POLICIES)} or ledger")
         chosen: Policy = next((name for name in POLICIES if name == policy), "context")
         # Documents, ledger and weights are read under one lock, the one that a change of any of them takes.
-        with self.handle.reading():
+        with self.handle.writing() if attention else self.reader.holding():
             found = self._passages(question) if mode == "documents" else []
-            decision, readings = self._guarded(question, found)
+            guard = self._guard()
+            decision, readings = self._guarded(guard, question, found)
             passages = list(decision.passages)
             if decision.stopped:
                 # What is stopped looks like what nobody knows: no voice is heard.
                 return self._unknown(question, mode, policy)
             reading = readings[-1]
             verdict = judge(self.handle, question, passages, chosen)
+            heard = [voice.answer for voice in (verdict.memory, *verdict.documents) if voice.answer]
+            if guard.forgotten and guard.check(question, passages, "; ".join(heard)).stopped:
+                return self._unknown(question, mode, policy)
+            looked = self._attention(question, passages, reading) if attention else ()
             entry = self._entry(question)
             state = self.handle.state
         said = verdict.to_json()
@@ -122,6 +131,7 @@ class Service:
             "verdict": said,
             "notes": [note.to_json() for note in reading.notes],
             "passages": [asdict(passage) for passage in passages],
+            "attention": list(looked),
             "state": state,
         }
 
@@ -193,13 +203,42 @@ class Service:
             "open": len(self.ledger.rows.open()),
         }
 
-    def _guarded(self, question: str, passages: Sequence[Passage]) -> tuple[Decision, list[Reading]]:
-        """What the guard lets through, and the readings it took; the last is that of the answer."""
+    def changes(self) -> list[dict[str, Any]]:
+        """Edits in force, oldest first. What was forgotten is not among them: to name it would say what it was."""
+        return [
+            {
+                "entry": entry.id,
+                "subject": entry.fact.subject,
+                "relation": entry.fact.relation,
+                "before": entry.fact.answers[0],
+                "now": entry.new,
+            }
+            for entry in sorted(self.ledger.in_force().values(), key=lambda entry: entry.id)
+            if entry.op == "edit"
+        ]
+
+    def _guard(self) -> Guard:
         from rag.guard import Forgotten, Guard
 
         ruling = self.ledger.in_force().values()
         facts = [Forgotten.of_entry(entry) for entry in ruling if entry.op == "forget"]
-        guard = Guard(self.handle, facts, self.thresholds)
+        return Guard(self.handle, facts, self.thresholds)
+
+    def _attention(self, question: str, passages: Sequence[Passage], reading: Reading) -> tuple[float, ...]:
+        """How much the model looks at each passage where the answer begins."""
+        from lab.attention import text_attention
+
+        prompts = self.reader.prompts
+        if reading.notes and not reading.fallback:
+            prompt = prompts.after_notes(prompts.notes(question, passages), reading.raw)
+        else:
+            prompt = prompts.direct(question, passages)
+        return text_attention(self.handle, prompt, [passage.text.strip() for passage in passages])
+
+    def _guarded(
+        self, guard: Guard, question: str, passages: Sequence[Passage]
+    ) -> tuple[Decision, list[Reading]]:
+        """What the guard lets through, and the readings it took; the last is that of the answer."""
         readings: list[Reading] = []
 
         def read(some: Sequence[Passage]) -> str:
@@ -220,6 +259,7 @@ class Service:
             "verdict": {**silent, "context": [], "ledger": None, "policy": policy},
             "notes": [],
             "passages": [],
+            "attention": [],
             "state": self.handle.state,
         }
 
