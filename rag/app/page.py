@@ -120,9 +120,7 @@ def build_page(service: Service, key: Key) -> Any:
                 label="Documents that say something else",
             )
             with gr.Accordion("Only if the fact is not found", open=False), gr.Row():
-                before = gr.Textbox(
-                    label="What has been right so far", placeholder="Jane Roe", min_width=220
-                )
+                before = gr.Textbox(label="What has been right so far", placeholder="Jane Roe", min_width=220)
                 sentence = gr.Textbox(
                     label="A sentence that the answer completes, with {} for who or what",
                     placeholder="The mayor of {} is",

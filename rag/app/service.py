@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import PurePosixPath
@@ -66,6 +67,8 @@ class Service:
         self.documents = documents
         self.thresholds = thresholds
         self.reader = READERS.get(reader)(handle, get_rule(decoding))
+        # What a change starts from is read before it is made; two at once would start from the same.
+        self._changing = threading.RLock()
 
     def ask(
         self, question: str, *, mode: str = "documents", policy: str = "context", attention: bool = False
@@ -86,7 +89,7 @@ class Service:
         """
         from rag.verdict import POLICIES, judge
 
-        question = question.strip()
+        question = check_text(question.strip(), "the question")
         if not question:
             raise RequestError("the question is empty")
         if len(question) > MAX_QUESTION:
@@ -146,6 +149,8 @@ class Service:
         on_conflict: OnConflict = "edit_wins",
     ) -> dict[str, Any]:
         """Makes ``new`` the object of a fact, in weights, ledger and documents; see ``Ledger.edit`` and ``named_fact``."""
+        for part in (subject, relation, new, object, prompt):
+            check_text(part, "the fact")
         fact = named_fact(subject, relation, object=object, prompt=prompt)
         make = edit_maker(self.handle, self.editor, fact, new.strip())
         outcome = self.ledger.edit(
@@ -164,12 +169,13 @@ class Service:
         Raises:
             RequestError: Nothing is in force.
         """
-        if entry is None:
-            active = [one.id for one in self.ledger.entries() if one.status == "active"]
-            if not active:
-                raise RequestError("there is nothing to undo")
-            entry = active[-1]
-        return {**self.ledger.rollback(entry).to_json(), "state": self.handle.state}
+        with self._changing:
+            if entry is None:
+                active = [one.id for one in self.ledger.entries() if one.status == "active"]
+                if not active:
+                    raise RequestError("there is nothing to undo")
+                entry = active[-1]
+            return {**self.ledger.rollback(entry).to_json(), "state": self.handle.state}
 
     def ingest(self, name: str, text: str, *, trust: Trust | None = None) -> dict[str, Any]:
         """Takes a document in; one of the same name is replaced.
@@ -178,18 +184,19 @@ class Service:
             RequestError: The text is blank or too long, or the name is a path out of the documents.
         """
         source = check_name(name)
+        check_text(text, f"the document {source!r}")
         if len(text) > MAX_DOCUMENT:
             raise RequestError(f"the document has {len(text)} characters; give at most {MAX_DOCUMENT}")
         chunks = pieces(source, text, trust)
         if not chunks:
             raise RequestError(f"the document {name!r} holds no text")
         kept = {chunk.id for chunk in chunks}
-        old = [chunk.id for chunk in self.ledger.documents.chunks(where={"source": source})]
-        gone = [id for id in old if id not in kept]
-        outcome = self.ledger.put(chunks, gone)
-        hidden = [
-            id for id in outcome.changed if (held := self.store.chunks([id])) and held[0].status != "live"
-        ]
+        with self._changing:
+            old = [chunk.id for chunk in self.ledger.documents.chunks(where={"source": source})]
+            gone = [id for id in old if id not in kept]
+            outcome = self.ledger.put(chunks, gone)
+            held = self.store.chunks(outcome.changed)
+        hidden = [chunk.id for chunk in held if chunk.status != "live"]
         return {"name": source, "chunks": len(chunks), "hidden": hidden, "removed": len(gone)}
 
     def health(self) -> dict[str, Any]:
@@ -288,6 +295,23 @@ def _ledger_voice(entry: Entry | None) -> dict[str, Any] | None:
     return {"entry": entry.id, "op": entry.op, "answer": entry.new, "before": entry.fact.answers[0]}
 
 
+def check_text(text: str, what: str) -> str:
+    """A text, when it is one.
+
+    Raises:
+        RequestError: It holds zero bytes or half a character.
+    """
+    if "\0" in text:
+        raise RequestError(f"{what} is binary: a text holds no zero bytes")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{what} holds half a character at place {error.start}; send it as UTF-8"
+        ) from None
+    return text
+
+
 def check_name(name: str) -> str:
     """The name of a document, when it is one.
 
@@ -297,7 +321,7 @@ def check_name(name: str) -> str:
     path = PurePosixPath(name)
     parts = path.parts
     bad = path.is_absolute() or ".." in parts or "\\" in name or ":" in name
-    if not name.strip() or bad or any(ord(char) < 32 for char in name) or len(name) > 200:
+    if not name.strip() or bad or not name.isprintable() or len(name) > 200:
         raise RequestError(
             f"{name[:80]!r} cannot name a document; use a plain name such as notes/report.txt, without .., and not from the root"
         )
@@ -327,23 +351,25 @@ def pieces(source: str, text: str, trust: Trust | None = None) -> list[Chunk]:
 
 
 def read_folder(folder: Any) -> Sequence[Chunk]:
-    """All text and Markdown files below a folder as chunks.
+    """Every file below a folder that an index reads, as chunks.
 
     Raises:
-        DataError: There is no such folder, or a file is not UTF-8 text.
+        ConfigError: There is no such folder.
+        DataError: A file cannot be read; names the first.
     """
-    from pathlib import Path
-
     from lab.errors import DataError
+    from rag.index import load
 
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError("no such folder", root)
-    chunks: list[Chunk] = []
-    for file in sorted(one for one in root.rglob("*") if one.suffix in (".txt", ".md") and one.is_file()):
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"not a UTF-8 text: {error}", file) from None
-        chunks += pieces(file.relative_to(root).as_posix(), text)
-    return chunks
+    found = load.read_folder(folder, name="documents")
+    if found.problems:
+        first = found.problems[0]
+        source = first.source.removeprefix("documents/")
+        raise DataError(
+            f"{first.reason} ({len(found.problems)} such problems); move it away, or make an index, which leaves it out",
+            source,
+        )
+    return [
+        chunk
+        for document in found.documents
+        for chunk in pieces(document.source.removeprefix("documents/"), document.text, document.trust)
+    ]
