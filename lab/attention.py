@@ -1,4 +1,4 @@
-"""How a patch moves attention: drift towards the subject, and what comes back with the original rows.
+"""Where attention falls, and how a patch moves it: drift towards the subject, and what comes back with the original rows.
 
 The rows themselves come from ``capture_rows``, which this module offers too.
 """
@@ -31,6 +31,7 @@ __all__ = [
     "plot_drift",
     "replace_rows",
     "restored_logits",
+    "text_attention",
 ]
 
 
@@ -197,3 +198,35 @@ def restored_logits(
             original = {layer: captured[layer] for layer in chosen}
         with patch.applied(handle), replace_rows(handle, batch.last, original):
             return handle.logits(batch)[index, batch.last]
+
+
+@torch.no_grad()
+def text_attention(handle: ModelHandle, prompt: str, texts: Sequence[str]) -> tuple[float, ...]:
+    """How much of a prompt's last token's attention falls on each of some texts in it, mean over layers and heads.
+
+    All tokens of the prompt together get 1. The shares say where the model looks, not what its answer depends on.
+
+    Args:
+        handle: The model; nobody else uses it meanwhile.
+        prompt: What the model continues.
+        texts: Parts of the prompt, in its order.
+
+    Returns:
+        A share for each text.
+
+    Raises:
+        SubjectNotFoundError: A text does not stand in the prompt, behind those before it.
+    """
+    spans, place = [], 0
+    for text in texts:
+        start = prompt.find(text, place)
+        spans.append(subject_span(handle.tokenizer, prompt, text, start=start))
+        place = start + len(text)
+    if not spans:
+        return ()
+    with handle.writing():
+        batch = handle.encode([prompt])
+        with capture_rows(handle, batch.last) as rows:
+            handle.logits(batch, logits_to_keep=1)
+            looked = rows.stack()[0].mean((0, 1))
+    return tuple(float(looked[span.start : span.stop].sum()) for span in spans)

@@ -14,7 +14,7 @@ from rag.verdict import POLICIES, Policy, Voice, decide, judge
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
-    from rag.guard import Decision, Thresholds
+    from rag.guard import Decision, Guard, Thresholds
     from rag.ledger import Entry, Ledger
     from rag.readers import Reading
     from rag.store import DocumentStore
@@ -31,6 +31,23 @@ def check_policy(policy: str) -> None:
     """
     if policy not in ALL_POLICIES:
         raise ConfigError(f"unknown policy {policy!r}; use {', '.join(ALL_POLICIES)}")
+
+
+def check_text(text: str, what: str) -> str:
+    """A text, when it is one.
+
+    Raises:
+        RequestError: It holds zero bytes or half a character.
+    """
+    if "\0" in text:
+        raise RequestError(f"{what} is binary: a text holds no zero bytes")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{what} holds half a character at place {error.start}; send it as UTF-8"
+        ) from None
+    return text
 
 
 class Asker:
@@ -79,6 +96,7 @@ class Asker:
         mode: str = "documents",
         policy: str = "context",
         given: Sequence[Passage] = (),
+        attention: bool = False,
     ) -> dict[str, Any]:
         """Answers a question.
 
@@ -88,12 +106,14 @@ class Asker:
             policy: Who wins where sources differ: ``context``, ``memory``, ``trust``, or ``ledger`` (what the ledger says, then
                 documents before memory).
             given: Documents that are read before those of the store.
+            attention: Measures how much the model looks at each passage where the answer begins; nobody else is answered
+                meanwhile.
 
         Raises:
             RequestError: The question is empty or too long.
             ConfigError: An unknown mode or policy.
         """
-        question = question.strip()
+        question = check_text(question.strip(), "the question")
         if not question:
             raise RequestError("the question is empty")
         if len(question) > MAX_QUESTION:
@@ -105,15 +125,20 @@ class Asker:
         check_policy(policy)
         chosen: Policy | None = next((name for name in POLICIES if name == policy), None)
         # Documents, ledger and weights are read under one lock, the one that a change of any of them takes.
-        with self.reader.holding():
+        with self.handle.writing() if attention else self.reader.holding():
             found = [*given, *self._passages(question)] if mode == "documents" else []
-            decision, readings = self._guarded(question, found)
+            guard = self._guard()
+            decision, readings = self._guarded(guard, question, found)
             passages = list(decision.passages)
             if decision.stopped:
                 # What is stopped looks like what nobody knows: no voice is heard.
                 return self._unknown(question, mode, policy)
             reading = readings[-1]
             verdict = judge(self.handle, question, passages, chosen or "context")
+            heard = [voice.answer for voice in (verdict.memory, *verdict.documents) if voice.answer]
+            if guard.forgotten and guard.check(question, passages, "; ".join(heard)).stopped:
+                return self._unknown(question, mode, policy)
+            looked = self._attention(question, passages, reading) if attention else ()
             entry = self._entry(question)
             state = self.handle.state
         said = verdict.to_json()
@@ -132,16 +157,31 @@ class Asker:
             "verdict": said,
             "notes": [note.to_json() for note in reading.notes],
             "passages": [asdict(passage) for passage in passages],
+            "attention": list(looked),
             "state": state,
         }
 
-    def _guarded(self, question: str, passages: Sequence[Passage]) -> tuple[Decision, list[Reading]]:
-        """What the guard lets through, and the readings it took; the last is that of the answer."""
+    def _guard(self) -> Guard:
         from rag.guard import Forgotten, Guard
 
-        ruling = self._in_force()
-        facts = [Forgotten.of_entry(entry) for entry in ruling if entry.op == "forget"]
-        guard = Guard(self.handle, facts, self.thresholds)
+        facts = [Forgotten.of_entry(entry) for entry in self._in_force() if entry.op == "forget"]
+        return Guard(self.handle, facts, self.thresholds)
+
+    def _attention(self, question: str, passages: Sequence[Passage], reading: Reading) -> tuple[float, ...]:
+        """How much the model looks at each passage where the answer begins."""
+        from lab.attention import text_attention
+
+        prompts = self.reader.prompts
+        if reading.notes and not reading.fallback:
+            prompt = prompts.after_notes(prompts.notes(question, passages), reading.raw)
+        else:
+            prompt = prompts.direct(question, passages)
+        return text_attention(self.handle, prompt, [passage.text.strip() for passage in passages])
+
+    def _guarded(
+        self, guard: Guard, question: str, passages: Sequence[Passage]
+    ) -> tuple[Decision, list[Reading]]:
+        """What the guard lets through, and the readings it took; the last is that of the answer."""
         readings: list[Reading] = []
 
         def read(some: Sequence[Passage]) -> str:
@@ -162,6 +202,7 @@ class Asker:
             "verdict": {**silent, "context": [], "ledger": None, "policy": policy},
             "notes": [],
             "passages": [],
+            "attention": [],
             "state": self.handle.state,
         }
 

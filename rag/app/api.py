@@ -33,6 +33,7 @@ class Ask(_Body):
     question: Annotated[str, Field(min_length=1, max_length=MAX_QUESTION)]
     mode: Literal["memory", "documents"] = "documents"
     policy: Literal["context", "memory", "trust", "ledger"] = "context"
+    attention: bool = False
 
 
 class Edit(_Body):
@@ -139,7 +140,7 @@ def create_app(
     @app.post("/ask")
     def ask(body: Ask) -> dict[str, Any]:
         """Answers a question; says what memory, each document and the ledger say, and who wins."""
-        return service.ask(body.question, mode=body.mode, policy=body.policy)
+        return service.ask(body.question, mode=body.mode, policy=body.policy, attention=body.attention)
 
     @app.post("/edit", dependencies=writes)
     def edit(body: Edit) -> dict[str, Any]:

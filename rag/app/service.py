@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import RequestError
 from lab.records import Trust
-from rag.asking import Asker
+from rag.asking import Asker, check_text
 from rag.facts import named_fact, names_of, question_of
 from rag.ledger import Ledger
 from rag.ledger.values import OnConflict
@@ -63,10 +64,14 @@ class Service:
             documents=documents,
             thresholds=thresholds,
         )
+        # What a change starts from is read before it is made; two at once would start from the same.
+        self._changing = threading.RLock()
 
-    def ask(self, question: str, *, mode: str = "documents", policy: str = "context") -> dict[str, Any]:
+    def ask(
+        self, question: str, *, mode: str = "documents", policy: str = "context", attention: bool = False
+    ) -> dict[str, Any]:
         """Answers a question; see ``Asker.ask``."""
-        return self.asker.ask(question, mode=mode, policy=policy)
+        return self.asker.ask(question, mode=mode, policy=policy, attention=attention)
 
     def edit(
         self,
@@ -79,6 +84,8 @@ class Service:
         on_conflict: OnConflict = "edit_wins",
     ) -> dict[str, Any]:
         """Makes ``new`` the object of a fact, in weights, ledger and documents; see ``Ledger.edit`` and ``named_fact``."""
+        for part in (subject, relation, new, object, prompt):
+            check_text(part, "the fact")
         fact = named_fact(subject, relation, object=object, prompt=prompt)
         make = edit_maker(self.handle, self.editor, fact, new.strip())
         outcome = self.ledger.edit(
@@ -97,12 +104,13 @@ class Service:
         Raises:
             RequestError: Nothing is in force.
         """
-        if entry is None:
-            active = [one.id for one in self.ledger.entries() if one.status == "active"]
-            if not active:
-                raise RequestError("there is nothing to undo")
-            entry = active[-1]
-        return {**self.ledger.rollback(entry).to_json(), "state": self.handle.state}
+        with self._changing:
+            if entry is None:
+                active = [one.id for one in self.ledger.entries() if one.status == "active"]
+                if not active:
+                    raise RequestError("there is nothing to undo")
+                entry = active[-1]
+            return {**self.ledger.rollback(entry).to_json(), "state": self.handle.state}
 
     def ingest(self, name: str, text: str, *, trust: Trust | None = None) -> dict[str, Any]:
         """Takes a document in; one of the same name is replaced.
@@ -111,18 +119,19 @@ class Service:
             RequestError: The text is blank or too long, or the name is a path out of the documents.
         """
         source = check_name(name)
+        check_text(text, f"the document {source!r}")
         if len(text) > MAX_DOCUMENT:
             raise RequestError(f"the document has {len(text)} characters; give at most {MAX_DOCUMENT}")
         chunks = pieces(source, text, trust)
         if not chunks:
             raise RequestError(f"the document {name!r} holds no text")
         kept = {chunk.id for chunk in chunks}
-        old = [chunk.id for chunk in self.ledger.documents.chunks(where={"source": source})]
-        gone = [id for id in old if id not in kept]
-        outcome = self.ledger.put(chunks, gone)
-        hidden = [
-            id for id in outcome.changed if (held := self.store.chunks([id])) and held[0].status != "live"
-        ]
+        with self._changing:
+            old = [chunk.id for chunk in self.ledger.documents.chunks(where={"source": source})]
+            gone = [id for id in old if id not in kept]
+            outcome = self.ledger.put(chunks, gone)
+            held = self.store.chunks(outcome.changed)
+        hidden = [chunk.id for chunk in held if chunk.status != "live"]
         return {"name": source, "chunks": len(chunks), "hidden": hidden, "removed": len(gone)}
 
     def health(self) -> dict[str, Any]:
@@ -136,6 +145,20 @@ class Service:
             "open": len(self.ledger.rows.open()),
         }
 
+    def changes(self) -> list[dict[str, Any]]:
+        """Edits in force, oldest first. What was forgotten is not among them: to name it would say what it was."""
+        return [
+            {
+                "entry": entry.id,
+                "subject": entry.fact.subject,
+                "relation": entry.fact.relation,
+                "before": entry.fact.answers[0],
+                "now": entry.new,
+            }
+            for entry in sorted(self.ledger.in_force().values(), key=lambda entry: entry.id)
+            if entry.op == "edit"
+        ]
+
 
 def check_name(name: str) -> str:
     """The name of a document, when it is one.
@@ -146,7 +169,7 @@ def check_name(name: str) -> str:
     path = PurePosixPath(name)
     parts = path.parts
     bad = path.is_absolute() or ".." in parts or "\\" in name or ":" in name
-    if not name.strip() or bad or any(ord(char) < 32 for char in name) or len(name) > 200:
+    if not name.strip() or bad or not name.isprintable() or len(name) > 200:
         raise RequestError(
             f"{name[:80]!r} cannot name a document; use a plain name such as notes/report.txt, without .., and not from the root"
         )
@@ -176,23 +199,25 @@ def pieces(source: str, text: str, trust: Trust | None = None) -> list[Chunk]:
 
 
 def read_folder(folder: Any) -> Sequence[Chunk]:
-    """All text and Markdown files below a folder as chunks.
+    """Every file below a folder that an index reads, as chunks.
 
     Raises:
-        DataError: There is no such folder, or a file is not UTF-8 text.
+        ConfigError: There is no such folder.
+        DataError: A file cannot be read; names the first.
     """
-    from pathlib import Path
-
     from lab.errors import DataError
+    from rag.index import load
 
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError("no such folder", root)
-    chunks: list[Chunk] = []
-    for file in sorted(one for one in root.rglob("*") if one.suffix in (".txt", ".md") and one.is_file()):
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"not a UTF-8 text: {error}", file) from None
-        chunks += pieces(file.relative_to(root).as_posix(), text)
-    return chunks
+    found = load.read_folder(folder, name="documents")
+    if found.problems:
+        first = found.problems[0]
+        source = first.source.removeprefix("documents/")
+        raise DataError(
+            f"{first.reason} ({len(found.problems)} such problems); move it away, or make an index, which leaves it out",
+            source,
+        )
+    return [
+        chunk
+        for document in found.documents
+        for chunk in pieces(document.source.removeprefix("documents/"), document.text, document.trust)
+    ]

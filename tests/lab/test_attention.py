@@ -12,6 +12,7 @@ from lab.attention import (
     capture_rows,
     replace_rows,
     restored_logits,
+    text_attention,
 )
 from lab.errors import AttentionUnavailableError, ConfigError, SubjectNotFoundError
 from lab.patch import LowRank, Provenance, WeightPatch
@@ -282,3 +283,17 @@ def test_a_sidecar_patch_is_seen_too():
             seen.append(rows)
     assert torch.allclose(seen[0].stack(), seen[1].stack(), atol=1e-5)
     assert tiny_tokenizer() is handle.tokenizer
+
+
+def test_shares_of_texts_are_sums_over_the_eager_map():
+    handle = tiny_handle("llama", scale=2.0)
+    prompt, texts = "Rome. The capital of France is", ["Rome.", "France"]
+    maps = eager_maps(handle, handle.encode([prompt]))[0, :, :, -1].mean((0, 1))
+    offsets = handle.tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
+    for text, share in zip(texts, text_attention(handle, prompt, texts), strict=True):
+        begin = prompt.index(text)
+        inside = [left < begin + len(text) and right > begin for left, right in offsets]
+        assert 0 < share < 1 and share == pytest.approx(float(maps[torch.tensor(inside)].sum()), abs=1e-5)
+    assert text_attention(handle, prompt, []) == ()
+    with pytest.raises(SubjectNotFoundError):
+        text_attention(handle, prompt, ["France", "Rome."])

@@ -14,7 +14,7 @@ from lab.handle import ModelHandle
 from lab.patch import LowRank, Provenance, WeightPatch
 from rag.app import api, service
 from rag.app.api import Key, create_app, is_loopback
-from rag.app.page import answers, build_page, guarded
+from rag.app.page import answers, build_page, changes, guarded
 from rag.app.service import Service, check_name, pieces
 from rag.facts import named_fact
 from rag.ledger import HandleWeights, Ledger
@@ -205,10 +205,14 @@ def test_what_is_forgotten_reads_like_what_is_not_known(served):
 
 def test_the_page_says_it_in_plain_words(served):
     served.ingest("a.txt", "The capital of France is <b>Paris</b>.")
-    memory, documents, details = answers(served, QUESTION, "context")
-    assert 'class="answer"' in memory and "Believed" in documents
-    assert "&lt;b&gt;Paris" in details and "<b>" not in details
-    assert "That did not work" in answers(served, "", "context")[0]
+    problem, memory, documents, details = answers(served, QUESTION, "context")
+    assert not problem and 'class="answer"' in memory and "Believed" in documents
+    assert "&lt;b&gt;Paris" in details and "<b>Paris" not in details and "Attention: " in details
+    assert "Type a question" in answers(served, " ", "context")[0]
+    assert "That did not work" in answers(served, "a" * 3000, "context")[0]
+    assert "No fact is changed" in changes(served)
+    served.edit("France", "capital", "Rome")
+    assert "France, capital: Paris → Rome" in changes(served)
     key = Key("k" * 20)
     assert "does not fit" in guarded(key, "wrong", lambda: pytest.fail("ran without the key"))
     assert guarded(key, "k" * 20, lambda: "done") == "done"
