@@ -1,4 +1,4 @@
-"""Commands that answer with documents: ``read``, ``index``, ``ledger``, ``guard``, ``serve`` and ``train``."""
+"""Commands that answer with documents: ``read``, ``index``, ``ledger``, ``guard``, ``serve``, ``train`` and ``bench preference``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from lab.cli import options as opt
 from lab.cli.output import console, table, write_json
 from lab.errors import ConfigError, DataError
-from rag import cli_guard, cli_ledger, cli_preference
+from rag import cli_bench, cli_guard, cli_ledger, cli_preference
 from rag.index_cli import app as index_app
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ app.add_typer(index_app, name="index")
 app.add_typer(cli_ledger.app)
 app.add_typer(cli_guard.app)
 app.add_typer(cli_preference.app)
+app.add_typer(cli_bench.app)
 
 READ_PANEL = "Reading"
 
