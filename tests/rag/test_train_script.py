@@ -47,7 +47,7 @@ def config(folder: Path, rows: list[dict[str, str]], form: str = "yaml", **more:
     data = folder / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     settings = {
-        "model": "atlas", "data": str(data), "rank": 2, "max_steps": 2, "per_device_train_batch_size": 2,
+        "model": "atlas", "data": str(data), "rank": 2, "max_steps": 2, "per_device_train_batch_size": 4, "warmup_steps": 0,
         "learning_rate": 0.01, "sft_learning_rate": 0.01, "loss_type": ["sigmoid"], "loss_weights": [1.0],
         "use_cpu": True, "disable_tqdm": True, "output_dir": str(folder / "out"),
     } | more  # fmt: skip
@@ -105,7 +105,7 @@ def test_the_settings_of_accelerate_can_be_read(name):
 
 @pytest.mark.slow
 def test_two_processes_train_one_adapter(tmp_path, standin):
-    file = config(tmp_path, PAIRS, per_device_train_batch_size=1)
+    file = config(tmp_path, PAIRS, per_device_train_batch_size=2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -123,10 +123,12 @@ def test_two_processes_train_one_adapter(tmp_path, standin):
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    # Only the first process writes, and it averages the gradients of both: one row each is a batch of two here.
+    # Only the first process writes; two rows in each of two processes are all four in one step.
     assert ran.stdout.count("adapter with its edits") == 1
     two = json.loads((tmp_path / "out" / "curves.json").read_text(encoding="utf-8"))["pairs"]
     assert len(two) == 2
     assert two[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert two[0]["num_tokens"] > max(len(row["prompt"]) for row in PAIRS) / 4
+    alone = script().main(["--config", str(config(tmp_path, PAIRS, output_dir=str(tmp_path / "alone")))])["pairs"]
+    for name in ("loss", "num_tokens", "rewards/margins"):
+        assert two[1][name] == pytest.approx(alone[1][name], rel=0.05), name
     assert two[1]["rewards/margins"] > 0
