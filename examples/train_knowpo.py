@@ -36,7 +36,9 @@ from rag.preference.train import check_kept, reference_guard
 class ScriptArguments:
     """What is trained, and on what."""
 
-    model: str = field(default="atlas", metadata={"help": "A built-in model, a folder, or a Hugging Face id."})
+    model: str = field(
+        default="atlas", metadata={"help": "A built-in model, a folder, or a Hugging Face id."}
+    )
     patch: list[str] = field(default_factory=list, metadata={"help": "Edits below the training; folders."})
     method: str = field(default="knowpo", metadata={"help": f"One of {', '.join(METHODS)}."})
     data: str = field(default="atlas", metadata={"help": "atlas, a file of questions, or one of ready rows."})
@@ -196,7 +198,9 @@ def finish(
     settings = {"rank": script.rank, "beta": args.beta, "loss": list(args.loss_type)}
     made = Provenance(script.method, settings, (), args.seed, library_versions(), {"curves": curves})
     parents = tuple(entry.patch.id for entry in handle.applied)
-    saved = save_bundle(out / "bundle", handle, replace(patch, provenance=made, parents=parents), overwrite=True)
+    saved = save_bundle(
+        out / "bundle", handle, replace(patch, provenance=made, parents=parents), overwrite=True
+    )
     (out / "curves.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
     print(f"adapter with its edits -> {saved}")
 

@@ -19,9 +19,7 @@ app.add_typer(bench, name="bench")
 
 COMMAND = "bench preference"
 BENCH_PANEL = "Comparison"
-ALL = (
-    "base,faithful,con,cad,adacad,coiecd,ck_plug,parammute,sft,context_dpo,knowpo,dta,hierarchy,trust"
-)
+ALL = "base,faithful,con,cad,adacad,coiecd,ck_plug,parammute,sft,context_dpo,knowpo,dta,hierarchy,trust"
 
 _HELP = """Compare ways of choosing between documents and memory: adherence, robustness, their errors, and seconds.
 
@@ -134,9 +132,7 @@ def bench_preference(
     training = TrainConfig(max_steps=max_steps)
     handle = open_model(model, patch, device=device, dtype=dtype)
     plan = [(name, one) for one in seeds for name in names]
-    files = {
-        cell: out / CELLS / cell_name(handle, cell[0], options, training, cell[1]) for cell in plan
-    }
+    files = {cell: out / CELLS / cell_name(handle, cell[0], options, training, cell[1]) for cell in plan}
     cells: dict[tuple[str, int], dict[str, Any]] = {
         cell: found for cell, file in files.items() if (found := read_cell(file)) is not None
     }

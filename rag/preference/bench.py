@@ -105,9 +105,7 @@ def check_ways(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def cell_name(
-    handle: ModelHandle, way: str, bench: PreferenceBench, training: TrainConfig, seed: int
-) -> str:
+def cell_name(handle: ModelHandle, way: str, bench: PreferenceBench, training: TrainConfig, seed: int) -> str:
     """The file of a cell: equal exactly where its figures are.
 
     Raises:
@@ -213,9 +211,7 @@ class PreferenceWorkshop:
         if not method:
             return {}
         start = time.perf_counter()
-        items = question_items(
-            self.bench.train_data, split="dev", limit=self.bench.train_limit, seed=seed
-        )
+        items = question_items(self.bench.train_data, split="dev", limit=self.bench.train_limit, seed=seed)
         config = KnowPOConfig(documents=self.bench.documents, samples=self.bench.samples)
         data = training_data(
             self.handle, "knowpo" if method == "sft" else method, items, config=config, seed=seed

@@ -67,7 +67,9 @@ class PreferenceComparison:
         lines = []
         for way, found in self.metrics.items():
             shown = [render.cell(name, found[name], interval=interval) for name in SHOWN[:-1]]
-            lines.append([way, *shown, _seconds(found["latency"]), str(found["adherence"].n + found["robustness"].n)])
+            lines.append(
+                [way, *shown, _seconds(found["latency"]), str(found["adherence"].n + found["robustness"].n)]
+            )
         return ["method", *_HEADS, "n"], lines
 
     def tests(self) -> tuple[list[str], list[list[str]]]:
@@ -78,9 +80,7 @@ class PreferenceComparison:
             for name in ("adherence", "robustness"):
                 one = found[name]
                 none = one["p"] is None
-                parts += (
-                    ["–", "–"] if none else [f"{100 * one['difference']:+.1f}", f"{one['p']:.3g}"]
-                )
+                parts += ["–", "–"] if none else [f"{100 * one['difference']:+.1f}", f"{one['p']:.3g}"]
             lines.append([f"{b} − {a}", *parts])
         return ["methods", "adherence", "p", "robustness", "p"], lines
 

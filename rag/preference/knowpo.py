@@ -129,7 +129,9 @@ def knowpo_data(
     data = add("pairs", pairs(handle, _only(data, "dpo"), seed=seed))
     data = add("rewrite", word_pairs(handle, data, frame=config.frame, rewrite=config.rewrite))
     if config.balanced:
-        data = add("balance", balance(data, config.ratios, total=config.total, repeat=config.repeat, seed=seed))
+        data = add(
+            "balance", balance(data, config.ratios, total=config.total, repeat=config.repeat, seed=seed)
+        )
     return TrainingData(stages["sft"].data, data, stages)
 
 

@@ -16,8 +16,10 @@ from rag.preference.pairs import read_contexts, split_by_title
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import atlas_items, read_items, with_edits
 from rag.preference.stage import Stage, to_dataset
-from rag.preference.suites import cells, observe, preference_metrics
+from rag.preference.suites import abstention, cells, flip_rate, observe, preference_metrics
 from rag.preference.synthesis import RECIPES, note_rows
+from rag.preference.tagged import trust_rows, twin_rows
+from rag.readers.prompted import DirectReader
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
@@ -122,12 +124,16 @@ def evaluate_preference(request: EvaluationRequest) -> dict[str, Any]:
     limit = request.limit or 100
     items = question_items(request.data, split=request.split, limit=limit, seed=request.seed)
     stages = prepare(request.handle, items, seed=request.seed)
-    rows: Sequence[dict[str, Any]] = observe(request.handle, stages["contexts"].data)
+    reader = DirectReader(request.handle)
+    rows: Sequence[dict[str, Any]] = observe(request.handle, stages["contexts"].data, reader)
+    tagged = trust_rows(reader, stages["contexts"].data)
+    metrics = preference_metrics(rows) | {"flip_rate": flip_rate(tagged)} | abstention(twin_rows(rows))
     return {
         "data": request.data or "atlas",
         "n": len(rows),
         "cells": cells(rows),
-        "metrics": {name: found.to_json() for name, found in preference_metrics(rows).items()},
+        "metrics": {name: found.to_json() for name, found in metrics.items()},
         "manifests": {name: dict(stage.manifest) for name, stage in stages.items()},
         "rows": rows,
+        "trust_rows": tagged,
     }

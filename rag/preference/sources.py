@@ -139,7 +139,9 @@ def atlas_items(
 
 
 def read_items(path: str | Path, *, limit: int | None = None) -> Stage:
-    """Items of a file: SQuAD (1 or 2), MRQA JSON lines, RGB, RealTimeQA, flat ``question, answers, context`` rows, KnowPO's processed files.
+    """Items of a file: SQuAD (1 or 2), MRQA JSON lines, RGB, RealTimeQA, KnowPO's processed files, flat rows.
+
+    A flat row has ``question, answers, context``; IfQA and CoConflictQA (parts of MRQA) are of this form.
 
     Raises:
         DataError: The file is of none of these forms, or a row breaks its schema (names file and line).
@@ -254,7 +256,9 @@ def _news_quiz(row: Row, source: str) -> Record:
         right = str(choices[int(found[0] if isinstance(found, list) else found)])  # type: ignore[arg-type]
     except (TypeError, ValueError, IndexError):
         raise DataError(
-            f"field 'answer' must hold the place of one of {len(choices)} choices, it is {found!r}", row.file, row.line
+            f"field 'answer' must hold the place of one of {len(choices)} choices, it is {found!r}",
+            row.file,
+            row.line,
         ) from None
     told = unescape(re.sub(r"<[^>]*>", "", str(value.get("evidence", ""))))
     answers = [] if normalize_answer(right) == "none of above" else [right]

@@ -71,7 +71,9 @@ def test_the_command_compares_keeps_and_goes_on(tmp_path, standin, saved_patch, 
         assert {"adherence", "robustness", "memorisation_ratio", "summed_error", "latency"} <= set(figures)
         assert figures["latency"]["mean"] > 0
     assert len({len(cell["rows"]) for cell in found["cells"]}) == 1
-    assert [pair["adherence"]["n"] for pair in found["pairs"]] == [found["methods"]["base"]["adherence"]["n"]] * 3
+    assert [pair["adherence"]["n"] for pair in found["pairs"]] == [
+        found["methods"]["base"]["adherence"]["n"]
+    ] * 3
     page = (out / "bench.html").read_text(encoding="utf-8")
     assert "Paired tests" in page and "http" not in page
     assert "| cad |" in (out / "bench.md").read_text(encoding="utf-8")

@@ -128,7 +128,9 @@ def test_two_processes_train_one_adapter(tmp_path, standin):
     two = json.loads((tmp_path / "out" / "curves.json").read_text(encoding="utf-8"))["pairs"]
     assert len(two) == 2
     assert two[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    alone = script().main(["--config", str(config(tmp_path, PAIRS, output_dir=str(tmp_path / "alone")))])["pairs"]
+    alone = script().main(["--config", str(config(tmp_path, PAIRS, output_dir=str(tmp_path / "alone")))])[
+        "pairs"
+    ]
     for name in ("loss", "num_tokens", "rewards/margins"):
         assert two[1][name] == pytest.approx(alone[1][name], rel=0.05), name
     assert two[1]["rewards/margins"] > 0
