@@ -7,11 +7,12 @@ STAMP := $(VENV)/.installed
 ENVIRONMENT := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 WORKERS ?= 2
 
-.PHONY: help install demo test lint format prove clean
+.PHONY: help install browser demo test lint format prove clean
 
 help:
 	@echo "make demo     install into $(VENV) and run the main job"
 	@echo "make test     install, then ruff, type checker, import contract, tests"
+	@echo "make browser  what the tests of the page need: playwright and, where it can, a Chromium"
 	@echo "make prove    the long proofs (marker slow); output under results/"
 	@echo "make lint     ruff, type checker and import contract only"
 	@echo "make format   let ruff rewrite the sources"
@@ -23,6 +24,12 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 install: $(STAMP)
+
+browser: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	command -v chromium >/dev/null || test -n "$$KNOWLAB_CHROMIUM" \
+	|| { apt-get update -qq && apt-get install -y -qq chromium; } \
+	|| echo "no Chromium here: the tests of the page will be skipped"
 
 demo: install
 	$(BIN)/knowlab demo --out results/demo --force

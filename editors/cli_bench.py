@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,8 @@ import typer
 from editors import cli_eval
 from editors import cli_options as edit
 from lab.cli import options as opt
-from lab.cli.output import SCHEMA_VERSION, check_out, console, document, progress, table, write_json
+from lab.cli.cells import CELLS, read_cell, write_cell
+from lab.cli.output import check_out, console, document, progress, table, write_json
 from lab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ bench = typer.Typer(help="Comparisons over many runs.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 COMMAND = "bench editing"
-CELLS = "cells"
 
 _HELP = """Compare editors: every editor on every suite, model and seed, to one table with intervals, time and memory.
 
@@ -304,27 +303,6 @@ def _run(
         run_in_processes(cells, options, workers, done)
     else:
         run_here(cells, options, done)
-
-
-def write_cell(file: Path, row: Row) -> Row:
-    """Keeps a finished cell, one that failed not; returns it as it would be read back."""
-    from lab.cli.output import strict
-    from lab.records import write_text_atomically
-
-    plain = strict(row)
-    if "error" not in row:
-        text = jsonlib.dumps({"schema_version": SCHEMA_VERSION} | plain, ensure_ascii=False, indent=1)
-        write_text_atomically(file, text + "\n")
-    return plain
-
-
-def read_cell(file: Path) -> Row | None:
-    """A finished cell; one that cannot be read is run again."""
-    try:
-        found = jsonlib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and found.get("schema_version") == SCHEMA_VERSION else None
 
 
 def _share(workers: int) -> int | None:

@@ -106,6 +106,32 @@ def train(
             rich_help_panel=TRAIN_PANEL,
         ),
     ] = 10,
+    total: Annotated[
+        int | None,
+        typer.Option(
+            "--total",
+            min=1,
+            help="Pairs of knowpo in all; rare errors are repeated, common ones thinned out.",
+            rich_help_panel=TRAIN_PANEL,
+            show_default="all, rare errors repeated up to 4 times",
+        ),
+    ] = None,
+    rewrite: Annotated[
+        bool,
+        typer.Option(
+            "--rewrite/--no-rewrite",
+            help="For knowpo: word both answers of a pair alike; off, the rejected one stays as the model wrote it.",
+            rich_help_panel=TRAIN_PANEL,
+        ),
+    ] = True,
+    balance: Annotated[
+        bool,
+        typer.Option(
+            "--balance/--no-balance",
+            help="For knowpo: keep the ratio of the errors; off, all pairs as they come.",
+            rich_help_panel=TRAIN_PANEL,
+        ),
+    ] = True,
     work: Annotated[
         Path | None,
         typer.Option(
@@ -128,24 +154,18 @@ def train(
     """Teach a model when to believe documents, its memory or its user."""
     if out is None:
         raise ConfigError("--out names the folder that the adapter is saved to")
+    if not (rewrite and balance and total is None) and method is not Method.KNOWPO:
+        raise ConfigError(f"--total, --no-rewrite and --no-balance belong to knowpo, not to {method.value}")
     check_out(out, force)
     from lab.cli.session import open_model
-    from rag.decoding.contrast import position_limit
     from rag.preference.bundle import save_bundle
-    from rag.preference.check import read_training_rows
-    from rag.preference.knowpo import KnowPOConfig, TrainingData
-    from rag.preference.prepare import question_items, training_data
-    from rag.preference.stage import to_dataset
+    from rag.preference.knowpo import KnowPOConfig
+    from rag.preference.prepare import ready_data
     from rag.preference.train import TrainConfig, train_preference
 
     handle = open_model(model, patch, device=device, dtype=dtype)
-    if data != "atlas" and _finished(data):
-        kind, rows = read_training_rows(data, handle.tokenizer, max_length=position_limit(handle))
-        made = to_dataset(rows[:limit])
-        ready = TrainingData(made if kind == "sft" else None, made if kind == "pairs" else None, {})
-    else:
-        items = question_items(data, split="dev", limit=limit, seed=seed)
-        ready = training_data(handle, method.value, items, config=KnowPOConfig(samples=samples), seed=seed)
+    settings = KnowPOConfig(samples=samples, total=total, rewrite=rewrite, balanced=balance)
+    ready = ready_data(handle, method.value, data, config=settings, limit=limit, seed=seed)
     default = TrainConfig()
     config = TrainConfig(
         rank=rank,
@@ -177,6 +197,15 @@ def train(
     screen.print(
         table(f"{method.value} on {model}", ("step", "rows", "updates", "first loss", "last loss"), shown)
     )
+    if stage := ready.stages.get("balance"):
+        settings = stage.manifest["settings"]
+        parts = [
+            (kind, settings["available"].get(kind, 0), count) for kind, count in settings["achieved"].items()
+        ]
+        screen.print(table("Pairs by error", ("error", "found", "trained on"), parts))
+        for kind, found, _ in parts:
+            if not found:
+                typer.echo(f"warning: no pair of {kind} was found; nothing is learnt about it", err=True)
     screen.print(f"adapter -> {saved}", markup=False)
     content = {
         "model": model,
@@ -188,11 +217,3 @@ def train(
         "patch": {"path": str(saved), "id": trained.patch.id, "parents": list(trained.patch.parents)},
     }
     write_json(json, "train", seed, content)
-
-
-def _finished(data: str) -> bool:
-    """Whether a file holds rows that are ready to train on."""
-    from lab.data import read_rows
-
-    first = read_rows(data)[0].value
-    return bool({"chosen", "rejected"} & set(first)) or "completion" in first

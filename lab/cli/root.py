@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import sys
@@ -39,16 +40,44 @@ def build_app() -> typer.Typer:
 
     from lab.cli import ask, atlas, audit, audit_side_effects, listing, patches, tracing
 
+    groups: dict[str, typer.Typer] = {}
     for part in (ask, patches, tracing, audit, audit_side_effects, listing, atlas):
-        app.add_typer(part.app)
+        app.add_typer(_joining(part.app, groups))
     for point in sorted(entry_points(group=COMMAND_GROUP), key=lambda point: point.name):
         try:
-            app.add_typer(point.load())
+            app.add_typer(_joining(point.load(), groups))
         except Exception as error:  # a broken package of somebody else must not take the others down
             if os.environ.get("KNOWLAB_DEBUG"):
                 raise
             typer.secho(f"warning: commands of {point.name!r} ({point.value}) do not load: {error}", err=True)
     return app
+
+
+def _joining(part: typer.Typer, groups: dict[str, typer.Typer]) -> typer.Typer:
+    """A copy of ``part`` whose groups join those of the same name that other parts brought before.
+
+    Typer itself would let the later group take the earlier one's place. The parts are the modules' own and stay as they are.
+    """
+    mine = copy.copy(part)
+    mine.registered_commands, mine.registered_groups = list(part.registered_commands), []
+    for info in part.registered_groups:
+        inner = info.typer_instance
+        if inner is None:
+            continue
+        name = next((each for each in (info.name, inner.info.name) if isinstance(each, str)), None)
+        if name in groups:
+            groups[name].registered_commands.extend(inner.registered_commands)
+            groups[name].registered_groups.extend(inner.registered_groups)
+            continue
+        own = copy.copy(info)
+        if name is None:
+            own.typer_instance = _joining(inner, groups)
+        else:
+            own.typer_instance = groups[name] = copy.copy(inner)
+            groups[name].registered_commands = list(inner.registered_commands)
+            groups[name].registered_groups = list(inner.registered_groups)
+        mine.registered_groups.append(own)
+    return mine
 
 
 def _print_version(wanted: bool) -> None:

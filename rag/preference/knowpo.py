@@ -35,7 +35,8 @@ class KnowPOConfig:
         documents: Documents in a context.
         samples, temperature, delta: See ``probe_memory``; all samples must be right for a fact to count as known.
         ratios: Parts of the errors: the two about adherence to the two about robustness as 2 to 1, each pair half and half.
-        total: Pairs in all; see ``water_fill``.
+        total: Pairs in all; see ``balance``.
+        repeat: How often a pair of a rare error may occur. Ours; without repetition the rarest error decides how few pairs remain.
         shares: Splits by title; ``sft`` and ``dpo`` are trained on.
         rewrite, balanced: Off for the ablations.
         frame: How answers are worded.
@@ -54,6 +55,7 @@ class KnowPOConfig:
         }
     )
     total: int | None = None
+    repeat: int = 4
     shares: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_SHARES))
     rewrite: bool = True
     balanced: bool = True
@@ -127,7 +129,9 @@ def knowpo_data(
     data = add("pairs", pairs(handle, _only(data, "dpo"), seed=seed))
     data = add("rewrite", word_pairs(handle, data, frame=config.frame, rewrite=config.rewrite))
     if config.balanced:
-        data = add("balance", balance(data, config.ratios, total=config.total, seed=seed))
+        data = add(
+            "balance", balance(data, config.ratios, total=config.total, repeat=config.repeat, seed=seed)
+        )
     return TrainingData(stages["sft"].data, data, stages)
 
 

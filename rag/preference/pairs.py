@@ -290,28 +290,42 @@ def balance(
     *,
     key: Sequence[str] = ("error_type",),
     total: int | None = None,
+    repeat: int = 1,
     seed: int = 0,
 ) -> Stage:
-    """Down-samples kinds of rows to a ratio.
+    """Brings kinds of rows to a ratio: common kinds are thinned out, rare ones repeated.
 
     Args:
         data: Rows.
         ratios: Kind (values of ``key`` joined by ``/``) to its part.
         key: Columns that make the kind.
-        total: See ``water_fill``.
-        seed: Draws which rows stay.
+        total: How many rows in all, see ``water_fill``; without it, the ratio is met exactly, with at most as many rows as came.
+        repeat: How often a row may occur.
+        seed: Draws which rows stay or come again.
     """
+    if repeat < 1:
+        raise ConfigError(f"repeat counts how often a row may occur; it is {repeat}, give at least 1")
     rows = records(data)
     kinds = ["/".join(str(row[name]) for name in key) for row in rows]
     counts = Counter(kinds)
     if missing := [name for name in counts if name not in ratios]:
         raise ConfigError(f"no ratio for {missing[0]!r}; name every kind: {', '.join(sorted(counts))}")
-    wanted = water_fill(counts, ratios, total)
-    kept: set[int] = set()
+    most = {kind: count * repeat for kind, count in counts.items()}
+    wanted = water_fill(most, ratios, total)
+    if total is None and sum(wanted.values()) > len(rows):
+        wanted = water_fill(most, ratios, len(rows))
+    made: list[Record] = []
     for kind, number in wanted.items():
         places = [place for place, other in enumerate(kinds) if other == kind]
-        kept.update(draw_for(seed, "balance", kind).sample(places, number))
-    made = [row for place, row in enumerate(rows) if place in kept]
+        rounds, rest = divmod(number, len(places)) if places else (0, 0)
+        drawn = draw_for(seed, "balance", kind).sample(places, rest)
+        made += [rows[place] | {"_place": place} for place in [*places * rounds, *drawn]]
+    made.sort(key=lambda row: row["_place"])
+    made = [{name: value for name, value in row.items() if name != "_place"} for row in made]
     settings: dict[str, Any] = {"requested": dict(ratios), "achieved": wanted, "available": dict(counts)}
-    gone = {f"beyond the part of {kind}": counts[kind] - wanted[kind] for kind in counts}
-    return finish("balance", len(rows), made, gone, key=list(key), total=total, seed=seed, **settings)
+    gone = {f"beyond the part of {kind}": max(0, counts[kind] - wanted[kind]) for kind in counts}
+    again = {kind: max(0, wanted[kind] - counts[kind]) for kind in counts}
+    return finish(
+        "balance", len(rows), made, gone, key=list(key), total=total, repeat=repeat, repeated=again, seed=seed,
+        **settings,
+    )  # fmt: skip

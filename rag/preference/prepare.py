@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lab.data import read_rows
 from lab.errors import ConfigError
 from lab.eval.evaluations import EvaluationRequest
+from rag.decoding.contrast import position_limit
+from rag.preference.check import read_training_rows
 from rag.preference.knowpo import KnowPOConfig, TrainingData, applied_requests, knowpo_data
 from rag.preference.memory import probe_memory
 from rag.preference.pairs import read_contexts, split_by_title
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import atlas_items, read_items, with_edits
-from rag.preference.stage import Stage
-from rag.preference.suites import cells, observe, preference_metrics
+from rag.preference.stage import Stage, to_dataset
+from rag.preference.suites import abstention, cells, flip_rate, observe, preference_metrics
 from rag.preference.synthesis import RECIPES, note_rows
+from rag.preference.tagged import trust_rows, twin_rows
+from rag.readers.prompted import DirectReader
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
@@ -78,17 +83,57 @@ def training_data(
     return TrainingData(None, stages[method].data, stages)
 
 
+def ready_data(
+    handle: ModelHandle,
+    method: str,
+    source: str,
+    *,
+    config: KnowPOConfig | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> TrainingData:
+    """What one method trains on: made of questions, or a file's own rows where they are ready to train on.
+
+    Args:
+        handle: The model to be trained, with its edits.
+        method: One of ``METHODS``.
+        source: ``atlas``, a file of questions, of pairs, or of SFT rows.
+        config: Settings of the data.
+        limit: Questions, or rows, at most.
+        seed: Of every draw.
+
+    Raises:
+        ConfigError: There is no such method.
+        DataError: The file is of no known form, or a row cannot be trained on.
+    """
+    if source == "atlas" or not _is_ready(source):
+        items = question_items(source, split="dev", limit=limit, seed=seed)
+        return training_data(handle, method, items, config=config, seed=seed)
+    kind, rows = read_training_rows(source, handle.tokenizer, max_length=position_limit(handle))
+    made = to_dataset(rows[:limit])
+    return TrainingData(made if kind == "sft" else None, made if kind == "pairs" else None, {})
+
+
+def _is_ready(source: str) -> bool:
+    first = read_rows(source)[0].value
+    return bool({"chosen", "rejected"} & set(first)) or "completion" in first
+
+
 def evaluate_preference(request: EvaluationRequest) -> dict[str, Any]:
     """``knowlab eval preference``: adherence, robustness and what else ``preference_metrics`` holds, with cells and rows."""
     limit = request.limit or 100
     items = question_items(request.data, split=request.split, limit=limit, seed=request.seed)
     stages = prepare(request.handle, items, seed=request.seed)
-    rows: Sequence[dict[str, Any]] = observe(request.handle, stages["contexts"].data)
+    reader = DirectReader(request.handle)
+    rows: Sequence[dict[str, Any]] = observe(request.handle, stages["contexts"].data, reader)
+    tagged = trust_rows(reader, stages["contexts"].data)
+    metrics = preference_metrics(rows) | {"flip_rate": flip_rate(tagged)} | abstention(twin_rows(rows))
     return {
         "data": request.data or "atlas",
         "n": len(rows),
         "cells": cells(rows),
-        "metrics": {name: found.to_json() for name, found in preference_metrics(rows).items()},
+        "metrics": {name: found.to_json() for name, found in metrics.items()},
         "manifests": {name: dict(stage.manifest) for name, stage in stages.items()},
         "rows": rows,
+        "trust_rows": tagged,
     }

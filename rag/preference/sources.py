@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lab.data import read_rows
 from lab.data.source import Row
 from lab.data.text import distinct, normalize_answer
 from lab.errors import DataError
+from rag.preference.match import says
 from rag.preference.stage import Dataset, Record, Stage, draw_for, finish, records
 
 if TYPE_CHECKING:
@@ -137,7 +139,9 @@ def atlas_items(
 
 
 def read_items(path: str | Path, *, limit: int | None = None) -> Stage:
-    """Items of a file: SQuAD (1 or 2), MRQA JSON lines, flat ``question, answers, context`` rows, KnowPO's processed files.
+    """Items of a file: SQuAD (1 or 2), MRQA JSON lines, RGB, RealTimeQA, KnowPO's processed files, flat rows.
+
+    A flat row has ``question, answers, context``; IfQA and CoConflictQA (parts of MRQA) are of this form.
 
     Raises:
         DataError: The file is of none of these forms, or a row breaks its schema (names file and line).
@@ -175,13 +179,17 @@ def _items(row: Row) -> list[Record]:
         return _questions(row, value, str(value.get("title", "")), source)
     if "doc" in value and "question" in value:
         return [_knowpo(row, source)]
+    if "query" in value and "positive" in value:
+        return [_rgb(row, source)]
+    if "question_sentence" in value and "choices" in value:
+        return [_news_quiz(row, source)]
     if "question" in value and "answers" in value and "context" in value:
         context = value["context"]
         passage = " ".join(context) if isinstance(context, list) else str(context)
         id = str(value.get("id", value.get("idx", "")))
         return [item(id, _text(row, "question"), passage, _answers(row, value["answers"]), source=source)]
     raise DataError(
-        f"a row with {', '.join(sorted(value))} is no SQuAD, MRQA, KnowPO or question-answers-context row",
+        f"a row with {', '.join(sorted(value))} is no SQuAD, MRQA, KnowPO, RGB, RealTimeQA or question-answers-context row",
         row.file,
         row.line,
     )
@@ -225,6 +233,39 @@ def _knowpo(row: Row, source: str) -> Record:
     )
     remembered = value.get("inner_answer")
     return made | ({"memory": [remembered]} if isinstance(remembered, str) and remembered else {})
+
+
+def _rgb(row: Row, source: str) -> Record:
+    """RGB: the first document that tells the answer, and the false answer where the row brings one."""
+    documents = _list(row, row.value["positive"], "positive")
+    flat = [text for each in documents for text in (each if isinstance(each, list) else [each])]
+    answers = _answers(row, row.value.get("answer"))
+    told = next((str(text) for text in flat if says(str(text), answers)), str(flat[0]) if flat else "")
+    fake = row.value.get("fakeanswer", "")
+    return item(
+        str(row.value.get("id", "")), _text(row, "query"), told, answers, source=source,
+        counterfactual=fake if isinstance(fake, str) else "",
+    )  # fmt: skip
+
+
+def _news_quiz(row: Row, source: str) -> Record:
+    """RealTimeQA: the right choice is the answer; where it is none of them, or the evidence lacks it, nothing tells it."""
+    value, choices = row.value, _list(row, row.value["choices"], "choices")
+    found = value.get("answer")
+    try:
+        right = str(choices[int(found[0] if isinstance(found, list) else found)])  # type: ignore[arg-type]
+    except (TypeError, ValueError, IndexError):
+        raise DataError(
+            f"field 'answer' must hold the place of one of {len(choices)} choices, it is {found!r}",
+            row.file,
+            row.line,
+        ) from None
+    told = unescape(re.sub(r"<[^>]*>", "", str(value.get("evidence", ""))))
+    answers = [] if normalize_answer(right) == "none of above" else [right]
+    return item(
+        str(value.get("question_id", "")), _text(row, "question_sentence"), told, answers,
+        answerable=says(told, answers), source=source,
+    )  # fmt: skip
 
 
 def _answers(row: Row, found: Any) -> list[str]:

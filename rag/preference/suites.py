@@ -121,8 +121,24 @@ def memorisation_ratio(rows: Sequence[Row]) -> Estimate:
     return rate(row["matched"]["par"] for row in decided)
 
 
+def summed_error(rows: Sequence[Row]) -> Estimate:
+    """``(1 - adherence) + (1 - robustness)``, between 0 and 2: what a model that trades one for the other does not lower.
+
+    Its interval treats the two, which are measured on different contexts, as independent (normal approximation to each,
+    half-widths of their intervals added in squares).
+    """
+    parts = [adherence(rows), robustness(rows)]
+    means = [part.mean for part in parts if part.mean is not None]
+    if len(means) < len(parts):
+        return NOTHING
+    error = sum(1 - mean for mean in means)
+    widths = [((part.high or 0.0) - (part.low or 0.0)) / 2 for part in parts]
+    half = math.hypot(*widths)
+    return Estimate(error, max(0.0, error - half), min(2.0, error + half), sum(part.n for part in parts))
+
+
 def divide_then_align(rows: Sequence[Row]) -> dict[str, Estimate]:
-    """The nine measures of Divide-Then-Align; every row but those known/unsupported by a lie counts by its quadrant.
+    """The nine measures of Divide-Then-Align, by quadrant; a document that contradicts the truth supports nothing.
 
     ``accuracy`` over all, an unanswerable row being right when it abstains; ``recall``, ``precision`` and ``f1`` over answers;
     ``denoise`` over known/unsupported, ``utilisation`` over unknown/supported; ``abstain_recall``, ``abstain_precision`` and
@@ -199,7 +215,7 @@ def abstention(rows: Sequence[Row]) -> dict[str, Estimate]:
 
 
 def preference_metrics(rows: Sequence[Row]) -> dict[str, Estimate]:
-    """All figures of ``observe``'s rows; ``error`` is the sum of both error rates, with the wider interval."""
+    """All figures of ``observe``'s rows; ``summed_error`` is the sum of the rates of failed adherence and failed robustness."""
     ignorance, overinclusion = contextual_ignorance(rows), contextual_overinclusion(rows)
     return {
         "adherence": adherence(rows),
@@ -208,6 +224,7 @@ def preference_metrics(rows: Sequence[Row]) -> dict[str, Estimate]:
         "contextual_ignorance": ignorance,
         "contextual_overinclusion": overinclusion,
         "memorisation_ratio": memorisation_ratio(rows),
+        "summed_error": summed_error(rows),
         **{f"dta_{name}": found for name, found in divide_then_align(rows).items()},
     }
 
@@ -241,3 +258,35 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     n = one + two
     tail = sum(math.comb(n, k) for k in range(min(one, two) + 1)) / 2**n
     return min(1.0, 2 * tail)
+
+
+def is_right(row: Row) -> bool:
+    """Whether a row counts for adherence or robustness, whichever its context asks for."""
+    if row["context"] in _WITH_ANSWER:
+        return bool(row["matched"]["ctx"])
+    return bool(row["matched"]["par"] if row["prior_known"] else row["abstained"])
+
+
+def paired(first: Sequence[Row], second: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """``adherence`` and ``robustness`` of two methods on the same contexts: difference (second less first), p value, rows.
+
+    Rows are matched by item and context (and ``seed``, where they carry one), not by place.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, kinds in (("adherence", _WITH_ANSWER), ("robustness", ("irrelevant",))):
+        one, two = (
+            {
+                (row.get("seed"), row["item_id"], row["context"]): is_right(row)
+                for row in rows
+                if row["context"] in kinds
+            }
+            for rows in (first, second)
+        )
+        shared = [key for key in one if key in two]
+        a, b = [one[key] for key in shared], [two[key] for key in shared]
+        found[name] = {
+            "difference": (sum(b) - sum(a)) / len(shared) if shared else None,
+            "p": mcnemar(a, b) if shared else None,
+            "n": len(shared),
+        }
+    return found

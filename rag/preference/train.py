@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -253,6 +253,10 @@ class _Step:
         else:
             trainer = preference_trainer(self.handle, model, self.rows, self.config, arguments)
         check_kept(trainer, len(self.rows))
+        from transformers import PrinterCallback
+
+        # Without its bar the trainer prints every logged step to standard output, which may be a JSON document.
+        trainer.remove_callback(PrinterCallback)
         if self.progress is not None:
             trainer.add_callback(_telling(self.name, self.progress))
         return trainer
@@ -314,7 +318,7 @@ def preference_trainer(
     # TRL copies the adapter as its reference. Without the copy it switches the adapter off, which is the same and smaller.
     if "ref" in getattr(model, "peft_config", {}):
         model.delete_adapter("ref")
-    trainer.add_callback(_reference_guard(config))
+    trainer.add_callback(reference_guard(config.loss, config.loss_weights))
     return trainer
 
 
@@ -329,7 +333,16 @@ def check_kept(trainer: Any, rows: int) -> None:
         raise DataError(f"the trainer left out {rows - kept} of {rows} rows; their prompts fill max_length")
 
 
-def _reference_guard(config: TrainConfig) -> Any:
+def reference_guard(loss: Sequence[str], weights: Sequence[float]) -> Any:
+    """A callback that ends DPO after its first update where the model was not its own reference before it.
+
+    Args:
+        loss: Losses as TRL names them; of ``sigmoid`` alone the first value, ln 2, is held to as well.
+        weights: One weight a loss.
+
+    Raises:
+        PatchError: While training: the rewards of the first step are not 0.
+    """
     from transformers import TrainerCallback
 
     class Guard(TrainerCallback):
@@ -338,7 +351,7 @@ def _reference_guard(config: TrainConfig) -> Any:
                 return
             rewards = [float(logs["rewards/chosen"]), float(logs["rewards/rejected"])]
             off = max(map(abs, rewards))
-            if config.loss == ("sigmoid",) and config.loss_weights == (1.0,):
+            if tuple(loss) == ("sigmoid",) and tuple(weights) == (1.0,):
                 off = max(off, abs(float(logs["loss"]) - _FIRST_LOSS))
             if not off <= _TOLERANCE:
                 raise PatchError(

@@ -113,6 +113,46 @@ def test_an_answer_is_judged_by_what_it_matches():
     assert suites.cells(list(said.values()))["conflict/hard"]["context"]["mean"] == 0.25
 
 
+def test_tags_and_twins_are_rows_of_the_same_contexts():
+    from types import SimpleNamespace
+
+    from rag.preference.stage import finish
+    from rag.preference.tagged import trust_rows, twin_rows
+
+    asked = []
+
+    class Believer:
+        """Believes documents that are not superseded."""
+
+        def read_many(self, items):
+            asked.extend(items)
+            said = ["Paris" if passages[0].trust == "superseded" else "Rome" for _, passages in items]
+            return [SimpleNamespace(answer=answer, known=True) for answer in said]
+
+    context = {"id": "a", "question": "Where?", "context": "conflict", "prior_known": True, "prior": "Paris",
+               "counterfactual": "Rome", "counterfactual_passage": "Ada lives in Rome."}  # fmt: skip
+    data = [context, context | {"id": "b", "prior_known": False}, context | {"id": "c", "prior": "Rome"}]
+    rows = trust_rows(Believer(), finish("contexts", 3, data).data)  # type: ignore[arg-type]
+    assert {each["trust"]: each["right"] for each in rows} == {
+        "verified": True,
+        "unverified": False,
+        "superseded": True,
+    }
+    assert len(asked) == 3
+    assert suites.flip_rate(rows).mean == 0.0
+    twins = twin_rows(
+        [
+            row("related", ctx=1, known=False),
+            row("irrelevant", abstained=1, known=False),
+            row("related", ctx=1, known=False, item="b"),
+            row("irrelevant", copied=1, known=False, item="b"),
+            row("irrelevant", par=1, item="c"),
+        ]
+    )
+    assert len(twins) == 4
+    assert suites.abstention(twins)["twins_right"].mean == 0.5
+
+
 def test_every_method_makes_data_that_can_be_trained_on(atlas):
     if not atlas:
         pytest.skip("needs the shipped model: a stand-in knows eight capitals")
@@ -145,4 +185,6 @@ def test_every_method_makes_data_that_can_be_trained_on(atlas):
     for name in ("adherence", "robustness", "contextual_ignorance", "contextual_overinclusion"):
         assert set(found["metrics"][name]) == {"mean", "low", "high", "n"}
         assert found["metrics"][name]["n"] > 0
+    assert found["metrics"]["flip_rate"]["n"] == len(found["trust_rows"]) / 3 > 0
+    assert {"admitted", "over_abstained", "twins_right"} <= set(found["metrics"])
     assert sum(cell["n"] for cell in found["cells"].values()) == found["n"] == len(found["rows"])

@@ -1,0 +1,173 @@
+"""``knowlab bench preference``: prompts, decoding rules and trained adapters on the same contexts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lab.cli import options as opt
+from lab.cli.cells import CELLS, read_cell, write_cell
+from lab.cli.output import check_out, console, document, progress, table, write_json
+from lab.errors import ConfigError, KnowLabError
+
+app = typer.Typer()
+# Other floors have a group of this name; the root joins them.
+bench = typer.Typer(help="Comparisons over many runs.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+COMMAND = "bench preference"
+BENCH_PANEL = "Comparison"
+ALL = "base,faithful,con,cad,adacad,coiecd,ck_plug,parammute,sft,context_dpo,knowpo,dta,hierarchy,trust"
+
+_HELP = """Compare ways of choosing between documents and memory: adherence, robustness, their errors, and seconds.
+
+Prompts (base, faithful, con), decoding rules (cad, adacad, coiecd, ck_plug, parammute) and adapters that are trained first (sft,
+context_dpo, knowpo, dta, hierarchy, trust) answer the very same contexts; every two are compared by a paired test.
+
+Writes bench.json, .md and .html into --out. Each finished run is kept in --out/cells; the same command goes on where it was
+interrupted.
+
+Examples:
+
+    knowlab bench preference --methods base,cad,knowpo --limit 100 --out results/preference
+
+    knowlab bench preference --methods base,knowpo --adapter knowpo=results/knowpo --data squad.json --out results/squad
+"""
+
+
+@bench.command("preference", help=_HELP)
+def bench_preference(
+    methods: Annotated[
+        str,
+        typer.Option("--methods", help="Names with commas between them.", rich_help_panel=BENCH_PANEL),
+    ] = ALL,
+    data: Annotated[
+        str,
+        typer.Option("--data", help="atlas, or a file of questions.", rich_help_panel=BENCH_PANEL),
+    ] = "atlas",
+    train_data: Annotated[
+        str,
+        typer.Option(
+            "--train-data",
+            help="What adapters are trained on: atlas (its facts for tuning), or a file of questions.",
+            rich_help_panel=BENCH_PANEL,
+        ),
+    ] = "atlas",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            help="METHOD=FOLDER: an adapter that is trained already; repeatable.",
+            rich_help_panel=BENCH_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    train_limit: Annotated[
+        int,
+        typer.Option("--train-limit", min=1, help="Questions trained on.", rich_help_panel=BENCH_PANEL),
+    ] = 400,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--max-steps", min=1, help="Ends each of SFT and DPO early.", rich_help_panel=BENCH_PANEL
+        ),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples",
+            min=0,
+            help="Sampled answers that must all be right for a fact to count as known in training.",
+            rich_help_panel=BENCH_PANEL,
+        ),
+    ] = 10,
+    model: opt.Model = "atlas",
+    patch: opt.Patches = None,
+    limit: opt.Limit = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--seed",
+            help="Seed of everything random; repeatable.",
+            rich_help_panel=opt.RUN_PANEL,
+            show_default="0",
+        ),
+    ] = None,
+    device: opt.Device = "cpu",
+    dtype: opt.Dtype = "float32",
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for the reports and the finished runs.",
+            rich_help_panel=opt.OUTPUT_PANEL,
+        ),
+    ] = Path("results/preference"),
+    force: opt.Force = False,
+    json: opt.Json = None,
+) -> None:
+    """Compare ways of choosing between documents and memory."""
+    if not (out / CELLS).is_dir():
+        check_out(out, force)
+    from lab.cli.session import open_model
+    from rag.preference.bench import PreferenceBench, PreferenceWorkshop, cell_name, check_ways
+    from rag.preference.bench_report import PreferenceComparison
+    from rag.preference.train import TrainConfig
+
+    names = check_ways([name.strip() for name in methods.split(",") if name.strip()])
+    adapters = dict(_adapter(word) for word in adapter or ())
+    check_ways([*names, *adapters])
+    seeds = list(dict.fromkeys(seed or [0]))
+    options = PreferenceBench(
+        data=data,
+        train_data=train_data,
+        limit=limit or 100,
+        train_limit=train_limit,
+        samples=samples,
+        adapters=adapters,
+    )
+    training = TrainConfig(max_steps=max_steps)
+    handle = open_model(model, patch, device=device, dtype=dtype)
+    plan = [(name, one) for one in seeds for name in names]
+    files = {cell: out / CELLS / cell_name(handle, cell[0], options, training, cell[1]) for cell in plan}
+    cells: dict[tuple[str, int], dict[str, Any]] = {
+        cell: found for cell, file in files.items() if (found := read_cell(file)) is not None
+    }
+    kept = len(cells)
+    with progress() as advance:
+        workshop = PreferenceWorkshop(handle, options, training, progress=advance)
+        for name, one in plan:
+            advance("runs", len(cells), len(plan))
+            if (name, one) not in cells:
+                try:
+                    row = workshop.run(name, one)
+                except KnowLabError as error:  # one way that does not fit must not cost the others
+                    row = {"method": name, "seed": one, "error": str(error)}
+                cells[name, one] = write_cell(files[name, one], row)
+        advance("runs", len(cells), len(plan))
+    found = PreferenceComparison.of([cells[cell] for cell in plan], f"{data} asked of {model}")
+    screen = console(json)
+    screen.print(table("Documents or memory", *found.table()))
+    if found.pairs:
+        screen.print(table("Paired tests", *found.tests()))
+    content = found.to_json() | {"model": model, "data": data, "seeds": seeds, "kept": kept, "out": out}
+    if found.metrics:
+        found.save(out, document(COMMAND, seeds[0], content))
+        screen.print(f"{len(plan)} runs, {kept} of them finished before; reports -> {out}", markup=False)
+    write_json(json, COMMAND, seeds[0], content)
+    for row in found.failed:
+        typer.echo(f"error: {row['method']}, seed {row['seed']}: {row['error']}", err=True)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _adapter(word: str) -> tuple[str, str]:
+    name, found, folder = word.partition("=")
+    if not found or not folder:
+        raise ConfigError(f"--adapter {word!r} is not of the form METHOD=FOLDER")
+    if not Path(folder).is_dir():
+        raise ConfigError(f"--adapter {word!r}: there is no folder {folder}")
+    return name, folder
