@@ -152,7 +152,9 @@ def evaluate_suite(
         _show(suite, model, found, seed, out, json)
         return
     if oracle is not None:
-        raise ConfigError(f"--oracle belongs to evaluations that compare with one, such as tofu, not to {suite!r}")
+        raise ConfigError(
+            f"--oracle belongs to evaluations that compare with one, such as tofu, not to {suite!r}"
+        )
     from lab.eval import SuiteOptions, get_suite
 
     benchmark = get_suite(suite, SuiteOptions(fluency=fluency, convention=convention.value))

@@ -41,7 +41,8 @@ def tuned_settings(handle: ModelHandle, method: str) -> dict[str, Any]:
         fits = (
             row["name"] == named
             if named is not None
-            else handle.config.model_type in row["model_type"] and all(row[key] == shape[key] for key in _SHAPE)
+            else handle.config.model_type in row["model_type"]
+            and all(row[key] == shape[key] for key in _SHAPE)
         )
         if fits:
             return _own(row, method, handle.n_layers)

@@ -47,7 +47,9 @@ def evaluate_tofu(request: EvaluationRequest) -> dict[str, Any]:
         DataError: It is absent, malformed, or holds no wrong answers.
     """
     if request.data is None:
-        raise ConfigError("tofu needs --data: a forget file with wrong answers, such as forget05_perturbed.jsonl")
+        raise ConfigError(
+            "tofu needs --data: a forget file with wrong answers, such as forget05_perturbed.jsonl"
+        )
     sets = tofu_sets(request.data, request.limit)
     found = tofu_scores(request.handle, sets)
     oracle = None if request.oracle is None else tofu_scores(request.oracle, sets)
