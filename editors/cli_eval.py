@@ -110,6 +110,15 @@ def evaluate_suite(
     settings: edit.Settings = None,
     corpus: edit.Corpus = "auto",
     model: opt.Model = "atlas",
+    oracle: Annotated[
+        str | None,
+        typer.Option(
+            "--oracle",
+            help="For tofu: the model trained without the forget set, a name or a folder.",
+            rich_help_panel=SUITE_PANEL,
+            show_default="none",
+        ),
+    ] = None,
     patch: opt.Patches = None,
     limit: opt.Limit = None,
     known_only: opt.KnownOnly = False,
@@ -138,9 +147,14 @@ def evaluate_suite(
         from lab.cli.session import open_model
 
         handle = open_model(model, patch, device=device, dtype=dtype)
-        found = others.get(suite)(EvaluationRequest(handle, data, split.value, limit, seed))
+        other = None if oracle is None else open_model(oracle, device=device, dtype=dtype)
+        found = others.get(suite)(EvaluationRequest(handle, data, split.value, limit, seed, other))
         _show(suite, model, found, seed, out, json)
         return
+    if oracle is not None:
+        raise ConfigError(
+            f"--oracle belongs to evaluations that compare with one, such as tofu, not to {suite!r}"
+        )
     from lab.eval import SuiteOptions, get_suite
 
     benchmark = get_suite(suite, SuiteOptions(fluency=fluency, convention=convention.value))

@@ -94,11 +94,13 @@ def unlearn(
         check_out(out, force)
     from editors.unlearning import get_unlearner
     from editors.unlearning.material import gather, knowledge, oracle_name
+    from editors.unlearning.presets import tuned_settings
     from lab.cli.session import open_model
     from lab.handle import ModelHandle
     from lab.peak import peak_memory
 
-    unlearner = get_unlearner(method, seed=seed, **options.overrides(settings))
+    chosen = options.overrides(settings)
+    get_unlearner(method, seed=seed, **chosen)  # a wrong setting is said before anything is loaded
     material = gather(
         forget,
         None if retain is None else str(retain),
@@ -107,6 +109,7 @@ def unlearn(
         seed=seed,
     )
     handle = open_model(model, patch, device=device, dtype=dtype)
+    unlearner = get_unlearner(method, seed=seed, **{**tuned_settings(handle, method), **chosen})
 
     def ask(asked: ModelHandle) -> dict[str, Any]:
         return {group: knowledge(asked, getattr(material, group)) for group in GROUPS}

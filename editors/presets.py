@@ -73,7 +73,7 @@ def find_preset(handle: ModelHandle, section: str, name: str | None = None) -> P
         return _preset(
             rows[wanted], section, table, "named" if name else "config", _layers_as_written(handle)
         )
-    shape = _shape_of(handle)
+    shape = shape_of(handle)
     for row in rows.values():
         fits = all(row[key] == shape[key] for key in _SHAPE if key in row)
         if fits and handle.config.model_type in row.get("model_type", ()) and "n_layers" in row:
@@ -148,7 +148,8 @@ def _preset(
     return Preset(str(row["name"]), source, chosen, values, penalty)
 
 
-def _shape_of(handle: ModelHandle) -> dict[str, int]:
+def shape_of(handle: ModelHandle) -> dict[str, int]:
+    """What a row of a table must agree with: ``hidden_size``, ``n_layers``, ``vocab_size``."""
     return {
         "hidden_size": handle.hidden_size,
         "n_layers": handle.n_layers,
@@ -157,7 +158,7 @@ def _shape_of(handle: ModelHandle) -> dict[str, int]:
 
 
 def _check_shape(handle: ModelHandle, row: Mapping[str, Any], file: str) -> None:
-    shape = _shape_of(handle)
+    shape = shape_of(handle)
     for key in _SHAPE:
         if key in row and row[key] != shape[key]:
             raise ConfigError(

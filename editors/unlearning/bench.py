@@ -16,6 +16,7 @@ from editors.bench import content_digest, weights_stamp
 from editors.unlearning.dose import Match, match_dose
 from editors.unlearning.forms import form_probabilities, own_forms, world_forms, worst_form
 from editors.unlearning.material import WORLD, Material, gather, oracle_name
+from editors.unlearning.presets import read_unlearning_table, tuned_settings
 from lab.data.unlearning import facts_of
 from lab.errors import ConfigError, KnowLabError, PatchError
 from lab.eval.stats import Estimate, summarise
@@ -107,6 +108,7 @@ def unlearn_cell_file(cell: UnlearnCell, options: UnlearnBenchOptions) -> str:
     """Name of the file that keeps a finished cell: readable, and different for everything that its figures depend on."""
     decisive = asdict(options) | {"version": CELL_VERSION, "cell": asdict(cell)}
     decisive["settings"] = options.settings_of(cell.method)
+    decisive["presets"] = [row.get(cell.method) for row in read_unlearning_table()]
     files = (options.forget, options.retain, options.utility, options.untrained)
     decisive["files"] = [
         "" if name is None or name.startswith(WORLD) else content_digest(Path(name)) for name in files
@@ -243,7 +245,8 @@ class UnlearnWorkshop:
         from lab.peak import peak_memory
 
         options, handle, task = self.options, self.handle, self.task(cell.seed)
-        unlearner = get_unlearner(cell.method, seed=cell.seed, **options.settings_of(cell.method))
+        settings = {**tuned_settings(handle, cell.method), **options.settings_of(cell.method)}
+        unlearner = get_unlearner(cell.method, seed=cell.seed, **settings)
         bits = handle.weights_digest()
         started = time.perf_counter()
         with peak_memory(handle.device) as peak:

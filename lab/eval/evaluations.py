@@ -24,6 +24,7 @@ class EvaluationRequest:
         split: Part of the built-in world, ``test`` or ``dev``.
         limit: Cases at most.
         seed: Of every draw.
+        oracle: A second model to compare with, for evaluations that know one.
     """
 
     handle: ModelHandle
@@ -31,6 +32,7 @@ class EvaluationRequest:
     split: str
     limit: int | None
     seed: int
+    oracle: ModelHandle | None = None
 
 
 Evaluation = Callable[[EvaluationRequest], Mapping[str, Any]]

@@ -1,0 +1,61 @@
+"""Settings of unlearning methods for models on which they were tuned, from ``presets.toml`` beside this file.
+
+Published rates are for models of billions of parameters. A model that the table knows takes its row's settings in place of a
+method's defaults; what the caller sets goes before both.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+from editors.presets import CONFIG_FIELD, shape_of
+from lab.errors import ConfigError
+from lab.handle import ModelHandle
+
+_SHAPE = ("hidden_size", "n_layers", "vocab_size")
+
+
+def read_unlearning_table() -> tuple[dict[str, Any], ...]:
+    """The rows of ``presets.toml``, as they stand there."""
+    text = files("editors.unlearning").joinpath("presets.toml").read_text(encoding="utf-8")
+    return tuple(tomllib.loads(text)["preset"])
+
+
+def tuned_settings(handle: ModelHandle, method: str) -> dict[str, Any]:
+    """Settings of a method that were tuned for a model; none where there are no such.
+
+    A row fits where the model's config names it, or else where type and shape are the row's.
+
+    Args:
+        handle: The model.
+        method: Name of an unlearner.
+
+    Example:
+        >>> get_unlearner("npo", **{**tuned_settings(handle, "npo"), "epochs": 3})
+    """
+    named, shape = getattr(handle.config, CONFIG_FIELD, None), shape_of(handle)
+    for row in read_unlearning_table():
+        fits = (
+            row["name"] == named
+            if named is not None
+            else handle.config.model_type in row["model_type"]
+            and all(row[key] == shape[key] for key in _SHAPE)
+        )
+        if fits:
+            return _own(row, method, handle.n_layers)
+    return {}
+
+
+def _own(row: Mapping[str, Any], method: str, depth: int) -> dict[str, Any]:
+    found = {name: value for name, value in row.get(method, {}).items() if name != "source"}
+    # TOML has no null: an empty text switches a limit off.
+    found = {name: None if value == "" else value for name, value in found.items()}
+    if max(found.get("layers", ()), default=0) >= depth:
+        raise ConfigError(
+            f"the settings of {method!r} for {row['name']!r} train layers {found['layers']}, and the model has only {depth}; "
+            "set layers"
+        )
+    return found

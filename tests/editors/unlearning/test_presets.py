@@ -1,0 +1,48 @@
+"""Tuned settings: which model they are for, that every method takes its own, and that the caller's go first."""
+
+from __future__ import annotations
+
+import pytest
+
+from editors.presets import CONFIG_FIELD
+from editors.unlearning import get_unlearner
+from editors.unlearning.presets import read_unlearning_table, tuned_settings
+from lab.errors import ConfigError
+from tests.tiny import tiny_handle
+
+PLAIN = ("name", "model_type", "hidden_size", "n_layers", "vocab_size")
+SECTIONS = [(row["name"], name) for row in read_unlearning_table() for name in row if name not in PLAIN]
+
+
+@pytest.fixture
+def named():
+    handle = tiny_handle("llama", layers=2)
+    setattr(handle.config, CONFIG_FIELD, "atlas")
+    return handle
+
+
+@pytest.mark.parametrize(("name", "method"), SECTIONS)
+def test_every_section_is_a_methods_and_says_where_it_comes_from(name, method, named):
+    [row] = [row for row in read_unlearning_table() if row["name"] == name]
+    assert row[method]["source"]
+    chosen = tuned_settings(named, method)
+    assert chosen and "source" not in chosen
+    get_unlearner(method, **chosen)  # refuses settings that it does not take
+
+
+def test_a_model_that_no_row_fits_gets_none():
+    assert tuned_settings(tiny_handle("llama", layers=2), "rocr") == {}
+    assert tuned_settings(tiny_handle("gpt2", layers=2), "rocr") == {}
+
+
+def test_layers_that_the_model_lacks(named, monkeypatch):
+    row = {"name": "atlas", "rocr": {"source": "s", "layers": [7]}}
+    monkeypatch.setattr("editors.unlearning.presets.read_unlearning_table", lambda: (row,))
+    with pytest.raises(ConfigError, match="only 2"):
+        tuned_settings(named, "rocr")
+
+
+def test_an_empty_text_is_no_limit(named, monkeypatch):
+    row = {"name": "atlas", "npo": {"source": "s", "stop_retain": ""}}
+    monkeypatch.setattr("editors.unlearning.presets.read_unlearning_table", lambda: (row,))
+    assert tuned_settings(named, "npo") == {"stop_retain": None}
