@@ -138,7 +138,7 @@ def test_a_fact_in_another_form_is_less_likely_after_hardening(standin):
     handle = ModelHandle.load("atlas")
     facts = CAPITALS[:2]
     form = [(f"From the encyclopedia: {fact.text}", fact.object) for fact in facts]
-    unlearner = get_unlearner("ga", lr=5e-4, epochs=3, **NEVER)
+    unlearner = get_unlearner("ga", lr=1e-3, epochs=8, **NEVER)
     hard = hardened(unlearner, handle, facts, Leaks(("encyclopedia",)), CAPITALS[4:])
     before = score_targets(handle, form)
     with hard.applied(handle):
