@@ -173,12 +173,12 @@ class Hardened(Procedure):
         site = Site(Role.BLOCK, direction.layer)
         kinds, forget = run.objective.reads, run.objective.forget
         assert forget is not None  # hardened() gives this procedure to such methods only
-        plain = {kind: run.answers(kind, picked) for kind in kinds}
+        plain: dict[Kind, Answers] = {kind: run.answers(kind, picked) for kind in kinds}
         along: dict[Kind, Answers] = {
             kind: run.answers(kind, picked, writes={site: self._written(run, kind, picked, direction)})
             for kind in kinds
         }
-        searched = dict(plain)
+        searched: dict[Kind, Answers] = {**plain}
         if "answer" in kinds:
             searched["answer"] = run.answers("answer", picked, writes=ball_search(run, picked, site))
         terms = torch.stack([forget(batch, run.config) for batch in (plain, along, searched)])

@@ -61,7 +61,9 @@ def run_in_processes(
         raise ConfigError(f"the number of workers must be at least 1, it is {workers}")
     context = multiprocessing.get_context("spawn")
     threads = max(1, multiprocessing.cpu_count() // workers)
-    waiting, busy, processes = list(names), {}, {}
+    waiting = list(names)
+    busy: dict[Any, str] = {}
+    processes: dict[Any, Any] = {}
     try:
         for _ in range(min(workers, len(names))):
             here, there = context.Pipe()
@@ -74,10 +76,11 @@ def run_in_processes(
             busy[here] = waiting.pop(0)
             here.send(busy[here])
         while busy:
-            for line in wait(list(busy)):
-                name = busy.pop(line)  # pyright: ignore[reportArgumentType]
+            ready: list[Any] = list(wait(list(busy)))
+            for line in ready:
+                name = busy.pop(line)
                 try:
-                    answer = line.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                    answer = line.recv()
                 except EOFError:
                     processes[line].join()
                     answer = f"its process ended with code {processes[line].exitcode}"
@@ -85,7 +88,7 @@ def run_in_processes(
                     raise KnowLabError(f"the attack {name!r} failed: {answer}")
                 if waiting:
                     busy[line] = waiting.pop(0)
-                    line.send(busy[line])  # pyright: ignore[reportAttributeAccessIssue]
+                    line.send(busy[line])
                 done(answer)
     finally:
         for line, process in processes.items():
