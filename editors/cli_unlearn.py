@@ -31,6 +31,10 @@ Examples:
 
     knowlab unlearn --method npo --forget atlas:people05 --out results/npo --json npo.json
 
+    knowlab audit --patch results/npo --facts atlas:people05 --json audit.json
+
+    knowlab unlearn --method npo --patch results/npo --forget atlas:people05 --harden audit.json --out results/harder
+
     knowlab unlearn --method graddiff --forget forget.jsonl --retain retain.jsonl --set lr=5e-5 --set epochs=3 --out results/graddiff
 
 Files hold facts as JSON lines: {"id": "a", "subject": "France", "relation": "capital", "object": "Paris", "aliases": [],
@@ -70,6 +74,15 @@ def unlearn(
             show_default="real-world facts for atlas:SPLIT",
         ),
     ] = None,
+    harden: Annotated[
+        Path | None,
+        typer.Option(
+            "--harden",
+            help="JSON of `knowlab audit`: what leaked there is trained against once more; give the audited --patch too.",
+            rich_help_panel=PANEL,
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         int,
         typer.Option(
@@ -93,7 +106,7 @@ def unlearn(
     if out is not None:
         check_out(out, force)
     from editors.unlearning import get_unlearner
-    from editors.unlearning.material import gather, knowledge, oracle_name
+    from editors.unlearning.material import WORLD, gather, knowledge, oracle_name
     from editors.unlearning.presets import tuned_settings
     from lab.cli.session import open_model
     from lab.handle import ModelHandle
@@ -108,6 +121,12 @@ def unlearn(
         limit=limit,
         seed=seed,
     )
+    leaks = None
+    if harden is not None:
+        from editors.unlearning.harden import leaks_of
+        from lab.audit.report import read_report
+
+        leaks = leaks_of(read_report(harden), model=model, facts=forget)
     handle = open_model(model, patch, device=device, dtype=dtype)
     unlearner = get_unlearner(method, seed=seed, **{**tuned_settings(handle, method), **chosen})
 
@@ -118,7 +137,21 @@ def unlearn(
     bits, state = handle.weights_digest(), handle.state
     started = time.perf_counter()
     with progress() as advance, peak_memory(handle.device) as peak:
-        change = unlearner.unlearn(handle, material.forget, material.kept, progress=advance)
+        if leaks is None:
+            change = unlearner.unlearn(handle, material.forget, material.kept, progress=advance)
+        else:
+            from editors.unlearning.harden import hardened
+
+            change = hardened(
+                unlearner,
+                handle,
+                material.forget,
+                leaks,
+                material.kept,
+                world=forget.startswith(WORLD),
+                seed=seed,
+                progress=advance,
+            )
     seconds = time.perf_counter() - started
     with change.applied(handle):
         after = ask(handle)
@@ -146,9 +179,17 @@ def unlearn(
         f"undo bit-identical: {'yes' if identical else 'NO'}   {seconds:.1f} s   updates: {notes.get('updates')}   "
         f"ended early by: {notes.get('stopped') or 'nothing'}   saved: {saved or 'no (give --out)'}"
     )
+    if leaks is not None:
+        fed = notes["hardened"]
+        screen.print(
+            f"fed back: forms {', '.join(fed['forms']) or 'none'}; {len(fed['suffixes'])} suffixes; "
+            f"{fed['directions']} directions; {fed['texts']} texts that still leaked of {fed['texts_asked']}; "
+            f"not fed: {', '.join(fed['not_fed']) or 'nothing'}"
+        )
     content = {
         "model": model,
         "method": method,
+        "harden": notes.get("hardened"),
         "requests": forget,
         **{
             group: {

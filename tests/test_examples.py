@@ -62,7 +62,13 @@ def knowedit_file(tmp_path: Path) -> Path:
 
 
 def test_every_example_has_a_test():
-    tested = {"audit_a_model", "edit_a_fact", "knowedit_benchmark", "unlearn_a_set"} | RAG_EXAMPLES
+    tested = {
+        "audit_a_model",
+        "edit_a_fact",
+        "knowedit_benchmark",
+        "train_knowpo",
+        "unlearn_a_set",
+    } | RAG_EXAMPLES
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 

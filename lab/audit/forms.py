@@ -23,6 +23,7 @@ from lab.audit.base import (
     score_facts,
 )
 from lab.audit.variants import worst_variant
+from lab.errors import UnknownNameError
 from lab.records import Fact
 from lab.scoring import score_targets, score_token_targets
 from lab.tokens import encode_ids
@@ -92,7 +93,9 @@ class Forms:
 
             probes = Probes(load_world(), subject.format, subject.seed)
             for form in WORLD_FORMS:
-                scorers[form] = lambda handle, facts, form=form: _asked(handle, facts, probes, form)
+                scorers[form] = lambda handle, facts, form=form: _means(
+                    handle, *_world_pairs(facts, probes, form)
+                )
         for frame, text in FRAMES.items():
             scorers[frame] = lambda handle, facts, text=text: score_facts(
                 handle, [text.replace("{prompt}", subject.prompt(fact)) for fact in facts], facts
@@ -102,15 +105,48 @@ class Forms:
                 handle, [_examples(subject, fact) + subject.prompt(fact) for fact in facts], facts
             )
         if subject.paraphrases:
-            scorers["paraphrase"] = lambda handle, facts: _paraphrased(handle, facts, subject.paraphrases)
+            scorers["paraphrase"] = lambda handle, facts: _means(
+                handle, *_paraphrases(facts, subject.paraphrases)
+            )
         scorers["subtoken"] = lambda handle, facts: _cut(handle, facts, subject)
         return scorers
 
 
-def _asked(handle: ModelHandle, facts: Sequence[Fact], probes: Probes, form: str) -> list[float]:
-    """Mean probability of the answer over the wordings of one form; facts that have no such form are left out."""
+Owned = tuple[list[tuple[str, str]], list[int]]
+
+
+def form_pairs(subject: AuditSubject, form: str) -> Owned:
+    """Prompts and answers of the audited facts in one form, and the number of the fact that each belongs to.
+
+    None for ``subtoken``, whose cut of the subject no text can hold.
+
+    Raises:
+        UnknownNameError: There is no such form for these facts.
+    """
+    facts = subject.facts
+    numbers = list(range(len(facts)))
+    if form == "subtoken":
+        return [], []
+    if form in FRAMES:
+        text = FRAMES[form]
+        return [(text.replace("{prompt}", subject.prompt(fact)), fact.object) for fact in facts], numbers
+    if form == "after_examples":
+        return [(_examples(subject, fact) + subject.prompt(fact), fact.object) for fact in facts], numbers
+    if form == "paraphrase":
+        return _paraphrases(facts, subject.paraphrases)
+    if form in WORLD_FORMS and subject.format is not None:
+        from lab.atlas.probes import Probes
+        from lab.atlas.world import load_world
+
+        return _world_pairs(facts, Probes(load_world(), subject.format, subject.seed), form)
+    worded = WORLD_FORMS if subject.format is not None else ()
+    raise UnknownNameError("form", form, [*worded, *FRAMES, "after_examples", "paraphrase", "subtoken"])
+
+
+def _world_pairs(facts: Sequence[Fact], probes: Probes, form: str) -> Owned:
+    """Every wording of one form of the built-in world; facts that have no such form are left out."""
     usable = [fact for fact in facts if form != "reverse" or fact.subject in probes.world.entities]
-    known = {fact.id: (number, fact) for number, fact in enumerate(usable)}
+    known = {fact.id: (number, fact) for number, fact in enumerate(facts)}
     pairs: list[tuple[str, str]] = []
     owners: list[int] = []
     for probe in probes.make(form, usable):
@@ -118,7 +154,7 @@ def _asked(handle: ModelHandle, facts: Sequence[Fact], probes: Probes, form: str
         if answer := _wanted(probe, fact, probes):
             pairs.append((probe.prompt, answer))
             owners.append(number)
-    return _means(handle, pairs, owners)
+    return pairs, owners
 
 
 def _wanted(probe: FormProbe, fact: Fact, probes: Probes) -> str:
@@ -132,6 +168,7 @@ def _wanted(probe: FormProbe, fact: Fact, probes: Probes) -> str:
 
 
 def _means(handle: ModelHandle, pairs: Sequence[tuple[str, str]], owners: Sequence[int]) -> list[float]:
+    """Mean probability of the answer over the pairs of each fact that has any, in the order of the facts."""
     if not pairs:
         return []
     grouped: dict[int, list[float]] = defaultdict(list)
@@ -149,15 +186,13 @@ def _examples(subject: AuditSubject, fact: Fact) -> str:
     return "".join(subject.sentence(other) for other in others[:_EXAMPLES])
 
 
-def _paraphrased(
-    handle: ModelHandle, facts: Sequence[Fact], paraphrases: Mapping[str, tuple[str, ...]]
-) -> list[float]:
+def _paraphrases(facts: Sequence[Fact], paraphrases: Mapping[str, tuple[str, ...]]) -> Owned:
     pairs, owners = [], []
     for number, fact in enumerate(facts):
         for prompt in paraphrases.get(fact.id, ()):
             pairs.append((prompt, fact.object))
             owners.append(number)
-    return _means(handle, pairs, owners)
+    return pairs, owners
 
 
 def _cut(handle: ModelHandle, facts: Sequence[Fact], subject: AuditSubject) -> list[float]:

@@ -7,6 +7,7 @@ the other half, within a ball of a fixed share of the stream's own length.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,23 +58,33 @@ class Latent:
         cells = [(layer, radius) for layer in layers for radius in radii]
         found: dict[str, Scores] = {}
         curves: dict[str, list[tuple[float, float]]] = {}
+        learned: dict[str, list[Tensor]] = {}
         for done, (layer, radius) in enumerate(cells):
             report_progress(self.name, done, len(cells))
 
+            name = f"layer{layer}_radius{radius:g}"
+
             def score(
-                handle: ModelHandle, facts: Sequence[Fact], layer: int = layer, radius: float = radius
+                handle: ModelHandle,
+                facts: Sequence[Fact],
+                layer: int = layer,
+                radius: float = radius,
+                name: str = name,
             ) -> list[float]:
-                return _crossed(subject, handle, facts, layer, radius, steps)
+                scores, vectors = _crossed(subject, handle, facts, layer, radius, steps)
+                # The audited facts on the audited model come first; its directions are the ones worth keeping.
+                learned.setdefault(name, vectors)
+                return scores
 
             scores = measured(subject, score)
-            found[f"layer{layer}_radius{radius:g}"] = scores
+            found[name] = scores
             mean = sum(scores.facts) / len(scores.facts)
             curves.setdefault(f"layer {layer}", []).append((radius, mean))
         report_progress(self.name, len(cells), len(cells))
         reached = [
             radius for radius, mean in sorted(p for line in curves.values() for p in line) if mean >= 0.5
         ]
-        return worst_variant(
+        result = worst_variant(
             self,
             subject,
             found,
@@ -81,6 +92,13 @@ class Latent:
             details={"radius_for_half_of_the_facts": reached[0] if reached else None},
             curves=curves,
         )
+        worst = result.details["worst"]
+        layer = dict(zip(found, cells, strict=True))[worst][0]
+        directions = [
+            {"layer": layer, "vector": [float(f"{value:.5g}") for value in vector.tolist()]}
+            for vector in learned[worst]
+        ]
+        return replace(result, details={**result.details, "directions": directions})
 
 
 def _crossed(
@@ -90,18 +108,20 @@ def _crossed(
     layer: int,
     radius: float,
     steps: int,
-) -> list[float]:
+) -> tuple[list[float], list[Tensor]]:
+    """Scores of the facts, each under the vector of the half that it is not in, and the vectors."""
     if len(facts) < 2:
-        return []
+        return [], []
     rows = text_ids(handle, [(subject.prompt(fact), fact.object) for fact in facts])
-    scores = [0.0] * len(facts)
+    scores, vectors = [0.0] * len(facts), []
     for train, test in halves(len(facts), subject.seed):
         delta = learn_direction(handle, id_lines(handle, [rows[i] for i in train]), layer, radius, steps)
+        vectors.append(delta)
         lines = id_lines(handle, [rows[i] for i in test])
         values = written_logprobs(handle, lines, {Site(Role.BLOCK, layer): added(lines, delta)})
         for index, value in zip(test, values.exp().clamp_max(1.0).tolist(), strict=True):
             scores[index] = value
-    return scores
+    return scores, vectors
 
 
 def added(lines: Lines, delta: Tensor) -> Write:

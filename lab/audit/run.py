@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.audit.base import AttackResult, AuditSubject, Progress, Scores, measured, score_facts
+from lab.audit.pool import Build, run_in_processes
 from lab.audit.registry import ATTACKS
 from lab.audit.report import AuditReport
 from lab.errors import ConfigError, PatchError, UnknownNameError
@@ -85,6 +86,19 @@ def run_attack(name: str, subject: AuditSubject, progress: Progress) -> AttackRe
     return replace(result, cost=cost | ({} if peak.mb is None else {"peak_mb": peak.mb}))
 
 
+def checked_attack(name: str, subject: AuditSubject, progress: Progress) -> AttackResult:
+    """``run_attack``, and a look whether the model is as it was.
+
+    Raises:
+        PatchError: The attack left the model changed.
+    """
+    bits, state = subject.handle.weights_digest(), subject.handle.state
+    result = run_attack(name, subject, progress)
+    if subject.handle.weights_digest() != bits or subject.handle.state != state:
+        raise PatchError(f"the attack {name!r} left the model changed; reload it before going on")
+    return result
+
+
 def audit(
     subject: AuditSubject,
     names: Sequence[str],
@@ -93,8 +107,10 @@ def audit(
     out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    workers: int = 1,
+    build: Build | None = None,
 ) -> AuditReport:
-    """Runs attacks, one after the other.
+    """Runs attacks, one after the other or in several processes.
 
     Args:
         subject: What is audited; its un-attacked scores are computed where they are missing.
@@ -103,10 +119,13 @@ def audit(
         out: Folder that keeps every finished attack; a later call with the same subject takes them from there.
         settings: More to be told in the report.
         progress: Told the phase, how much is done, and of how much.
+        workers: Processes; results are those of one process, whatever the number.
+        build: Makes ``subject`` anew in a process; needed for more than one worker.
 
     Raises:
-        ConfigError: The folder holds an audit of something else, or there are no facts.
+        ConfigError: The folder holds an audit of something else, there are no facts, or several workers cannot build them.
         PatchError: An attack left the model changed.
+        KnowLabError: An attack failed in its process.
     """
     if not subject.facts:
         raise ConfigError("there are no facts to audit")
@@ -114,21 +133,31 @@ def audit(
     key = _key(subject)
     plain = plain_scores(subject)
     subject = replace(subject, controls=replace(subject.controls, original=plain.facts))
-    bits, state = subject.handle.weights_digest(), subject.handle.state
-    results = []
-    for done, name in enumerate(names):
-        report_progress("attacks", done, len(names))
-        file = None if out is None else Path(out) / FINISHED / f"{name}.json"
+    files = {name: None if out is None else Path(out) / FINISHED / f"{name}.json" for name in names}
+    found: dict[str, AttackResult] = {}
+    for name, file in files.items():
         result = None if file is None else _finished(file, key)
-        if result is None:
-            result = run_attack(name, subject, report_progress)
-            if subject.handle.weights_digest() != bits or subject.handle.state != state:
-                raise PatchError(f"the attack {name!r} left the model changed; reload it before going on")
-            if file is not None:
-                document = {"key": key, "result": result.to_json()}
-                write_text_atomically(file, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-        results.append(result)
-    report_progress("attacks", len(names), len(names))
+        if result is not None:
+            found[name] = result
+
+    def done(result: AttackResult) -> None:
+        file = files[result.name]
+        if file is not None:
+            document = {"key": key, "result": result.to_json()}
+            write_text_atomically(file, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+        found[result.name] = result
+        report_progress("attacks", len(found), len(names))
+
+    report_progress("attacks", len(found), len(names))
+    missing = [name for name in names if name not in found]
+    if workers != 1:
+        if build is None:
+            raise ConfigError("several workers need to build what is audited, each for itself: give build")
+        run_in_processes(missing, build, plain.facts, workers, done)
+    else:
+        for name in missing:
+            done(checked_attack(name, subject, report_progress))
+    results = [found[name] for name in names]
     means = {
         side: math.fsum(values) / len(values)
         for side, values in (("facts", plain.facts), ("oracle", plain.oracle), ("never", plain.never))
@@ -137,7 +166,7 @@ def audit(
     controls = [side for side in ("oracle", "never") if side in means]
     told = {
         "model": subject.handle.name,
-        "state": state,
+        "state": subject.handle.state,
         "facts": len(subject.facts),
         "controls": controls,
         "budget": subject.budget,

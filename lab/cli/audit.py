@@ -95,6 +95,15 @@ def audit(
             show_default=False,
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers",
+            min=1,
+            help="Processes, each with a model of its own; results do not depend on it.",
+            rich_help_panel=opt.RUN_PANEL,
+        ),
+    ] = 1,
     limit: opt.Limit = None,
     model: opt.Model = "atlas",
     patch: opt.Patches = None,
@@ -127,35 +136,19 @@ def audit(
     if budget not in ("small", "full"):
         raise ConfigError(f"unknown budget {budget!r}; use small or full")
     from lab.audit import report as reports
-    from lab.audit.base import AuditSubject, Controls
     from lab.audit.material import gather
     from lab.audit.page import page
     from lab.audit.run import attack_list
     from lab.audit.run import audit as run_audit
-    from lab.cli.session import open_model
-    from lab.handle import ModelHandle
+    from lab.cli.audit_plan import AuditPlan
     from lab.records import write_text_atomically
 
     names = attack_list(attacks)
     limits = reports.parse_limits(fail_above or (), names)
     others = [reports.read_report(path) for path in beside or ()]
     material = gather(facts, None if retain is None else str(retain), limit=limit, seed=seed)
-    handle = open_model(model, patch, device=device, dtype=dtype)
-
-    def load(name: str) -> ModelHandle:
-        return ModelHandle.load(name, device=device, dtype=dtype)
-
-    before = load(base) if base is not None else load(model) if patch else None
-    subject = AuditSubject(
-        handle,
-        material.facts,
-        Controls(load(oracle) if oracle is not None else None, material.never),
-        seed=seed,
-        budget="small" if budget == "small" else "full",
-        retained=material.retained,
-        base=before,
-        format=material.format,
-    )
+    plan = AuditPlan(model, material, tuple(patch or ()), oracle, base, budget, seed, device, dtype)
+    subject = plan()
     patches = [str(folder) for folder in patch or ()]
     settings = {
         "model": model,
@@ -163,11 +156,20 @@ def audit(
         "facts from": facts,
         "never trained": material.control,
         "oracle": oracle,
-        "before": base or (model if patch else None),
+        "before": plan.before,
     }
     title = ", ".join(Path(folder).name for folder in patches) or Path(model).name
     with progress() as advance:
-        report = run_audit(subject, names, title=title, out=out, settings=settings, progress=advance)
+        report = run_audit(
+            subject,
+            names,
+            title=title,
+            out=out,
+            settings=settings,
+            progress=advance,
+            workers=workers,
+            build=plan,
+        )
     shown = [*others, report]
     screen = console(json)
     screen.print(table(f"Audit of {title}: lift over the controls", *reports.lifts_table(shown)))

@@ -11,7 +11,7 @@ from lab.audit import run as running
 from lab.audit.base import AuditSubject, Controls
 from lab.audit.material import gather, permuted
 from lab.audit.run import attack_list, audit
-from lab.errors import ConfigError, DataError, PatchError, UnknownNameError
+from lab.errors import ConfigError, DataError, KnowLabError, PatchError, UnknownNameError
 from lab.handle import ModelHandle
 from lab.records import Fact, write_facts
 from tests.commands import call, result
@@ -58,6 +58,30 @@ def test_an_interrupted_audit_goes_on_and_repeats_nothing(subject, ran, tmp_path
     assert len(ran) == 4
     assert again == first
     assert all(each.cost["forward_passes"] >= 2 and each.cost["seconds"] > 0 for each in again.results)
+
+
+def test_processes_find_what_one_process_finds_and_keep_it(standin, tmp_path, capsys):
+    facts = tmp_path / "facts.jsonl"
+    write_facts(facts, FACTS)
+    words = ["audit", "--facts", facts, "--attacks", "quantize,prune,latent"]
+    alone = result(capsys, tmp_path, *words)
+    kept = tmp_path / "kept"
+    together = result(capsys, tmp_path, *words, "--workers", "2", "--out", kept)
+    for one, other in zip(alone["attacks"], together["attacks"], strict=True):
+        assert one | {"cost": None} == other | {"cost": None}
+    assert sorted(file.stem for file in (kept / "attacks").iterdir()) == ["latent", "prune", "quantize"]
+    assert result(capsys, tmp_path, *words, "--out", kept)["attacks"] == together["attacks"]
+
+
+def _unbuildable() -> AuditSubject:
+    raise ConfigError("no such model here")
+
+
+def test_a_failure_in_a_process_is_told(subject):
+    with pytest.raises(KnowLabError, match=r"'quantize' failed: ConfigError: no such model"):
+        audit(subject, ("quantize",), workers=2, build=_unbuildable)
+    with pytest.raises(ConfigError, match="give build"):
+        audit(subject, ("quantize",), workers=2)
 
 
 def test_kept_attacks_of_another_audit_are_not_taken(subject, tmp_path):
