@@ -16,7 +16,15 @@ from langchain_core.runnables import RunnableLambda, RunnableParallel
 
 from lab import ModelHandle
 from rag.chat import KnowLabChat
-from rag.pipeline import RagPipeline
+from rag.pipeline import Answer, RagPipeline
+
+
+def _question(given: dict[str, str]) -> str:
+    return given["question"]
+
+
+def _text(answer: Answer) -> str:
+    return answer.text
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -33,17 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     documents = [Document(text, id=str(number)) for number, text in enumerate(options.document, start=1)]
     # Any retriever of LangChain's may stand here: a Runnable from a question to documents.
     retriever = RunnableLambda(lambda question: documents)
-    with_documents = RagPipeline(handle, retriever, decoding="cad") | RunnableLambda(
-        lambda answer: answer.text
-    )
+    with_documents = RagPipeline(handle, retriever, decoding="cad") | RunnableLambda(_text)
     from_memory = (
         ChatPromptTemplate.from_messages([("user", "{question}")])
         | KnowLabChat(handle=handle, max_tokens=24)
         | StrOutputParser()
     )
-    chain = RunnableParallel(
-        documents=RunnableLambda(lambda given: given["question"]) | with_documents, memory=from_memory
-    )
+    chain = RunnableParallel(documents=RunnableLambda(_question) | with_documents, memory=from_memory)
     said = chain.invoke({"question": options.question})
     print(f"with documents: {said['documents']}")
     print(f"from memory: {said['memory'].strip()}")

@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import TrainingArguments, set_seed
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, TrlParser
+from trl.scripts.utils import TrlParser
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from lab.cli.session import open_model
 from lab.handle import ModelHandle
@@ -75,10 +79,11 @@ class PreferenceArguments(DPOConfig):
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the example."""
-    parser = TrlParser((ScriptArguments, PreferenceArguments))
+    kinds: Any = (ScriptArguments, PreferenceArguments)
+    parser = TrlParser(kinds)
     script, args = parser.parse_args_and_config(arguments)
     args.use_cpu = args.use_cpu or not torch.cuda.is_available()
-    out = Path(args.output_dir)
+    out = Path(str(args.output_dir))
     # Edits go into the weights before any trainer sees the model; a reference loaded from disk would lack them.
     handle = open_model(script.model, [Path(place) for place in script.patch])
     with args.main_process_first(local=False, desc="data"):
@@ -132,7 +137,7 @@ def supervised(
         each.name for each in fields(SFTConfig)
     }
     settings = {name: getattr(args, name) for name in shared} | {
-        "output_dir": str(Path(args.output_dir) / "sft"),
+        "output_dir": str(Path(str(args.output_dir)) / "sft"),
         "learning_rate": script.sft_learning_rate,
         "num_train_epochs": script.sft_epochs,
         "max_length": length,
@@ -161,7 +166,7 @@ def preferences(
     trained: bool,
 ) -> list[dict[str, float]]:
     """The second step; the reference is the adapter of the first one as it was, or no adapter where there was no first."""
-    out = Path(args.output_dir)
+    out = Path(str(args.output_dir))
     model: Any = handle.model
     if trained:
         model = PeftModel.from_pretrained(model, str(out / "sft"), is_trainable=True)

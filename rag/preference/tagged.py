@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lab.records import Passage
+from lab.records import Passage, Trust
 from rag.preference.match import same, says
 from rag.preference.stage import Dataset, Record, records
 from rag.preference.suites import is_right
@@ -32,7 +32,7 @@ def trust_rows(reader: Reader, data: Dataset) -> list[Record]:
         and row["prior_known"]
         and not same(row["prior"], row["counterfactual"])
     ]
-    plan = [(row, trust) for row in asked for trust in TRUST_LEVELS]
+    plan: list[tuple[Record, Trust]] = [(row, trust) for row in asked for trust in TRUST_LEVELS]
     if not plan:
         return []
     items = [
