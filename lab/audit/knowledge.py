@@ -1,8 +1,9 @@
 """Hidden knowledge: what hidden states rank right although the model's own probabilities do not (Inside-Out, arXiv 2503.15299).
 
 For a question with right and wrong candidate answers, ``K`` is the share of pairs that a score ranks right. The external score is
-the model's probability of the answer; the internal one is a linear probe on the products of the hidden
-state before the answer with the answer's output embedding, trained on other questions. A fact with a high internal and a low external ``K`` is suppressed, not forgotten.
+the model's probability of the answer; the internal one is a linear probe on the products of the hidden state before the answer
+with the answer's output embedding, trained on other questions. A fact with a high internal and a low external ``K`` is suppressed,
+not forgotten.
 """
 
 from __future__ import annotations
