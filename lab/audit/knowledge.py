@@ -1,8 +1,9 @@
 """Hidden knowledge: what hidden states rank right although the model's own probabilities do not (Inside-Out, arXiv 2503.15299).
 
 For a question with right and wrong candidate answers, ``K`` is the share of pairs that a score ranks right. The external score is
-the model's probability of the answer; the internal one is a linear probe on the hidden state behind question and answer, trained
-on other questions. A fact with a high internal and a low external ``K`` is suppressed, not forgotten.
+the model's probability of the answer; the internal one is a linear probe on the products of the hidden state before the answer
+with the answer's output embedding, trained on other questions. A fact with a high internal and a low external ``K`` is suppressed,
+not forgotten.
 """
 
 from __future__ import annotations
@@ -164,7 +165,12 @@ def answer_states(
     *,
     batch_size: int = 64,
 ) -> tuple[list[list[float]], list[Tensor]]:
-    """How the model rates every candidate answer, and its hidden states behind it.
+    """How the model rates every candidate answer, and how its hidden states before the answer meet it.
+
+    What a question holds about an answer is an interaction of the two, which no linear probe on one state can read: on the
+    built-in world the state behind the answer ranks at chance. The features are therefore the products of the state at the
+    prompt's last token, brought to unit root mean square, with the mean output embedding of the answer's tokens. A probe that weighs
+    all of them alike is the logit lens.
 
     Args:
         handle: The model, with whatever is applied to it.
@@ -173,7 +179,7 @@ def answer_states(
         batch_size: Rows per forward pass.
 
     Returns:
-        Per question, the log-probability per token of each candidate; and ``[candidate, layer, d]``.
+        Per question, the log-probability per token of each candidate; and features ``[candidate, layer, d]``.
     """
     rows = [
         join_target(handle.tokenizer, handle.rewrite([question.prompt])[0], answer)
@@ -181,6 +187,8 @@ def answer_states(
         for answer in question.answers
     ]
     sites = [Site(Role.BLOCK, layer) for layer in layers]
+    output: Any = handle.model.get_output_embeddings()
+    table = output.weight.detach()
     with handle.writing():
         scores = [score.mean_logprob for score in score_token_targets(handle, rows, batch_size=batch_size)]
         parts = []
@@ -195,9 +203,12 @@ def answer_states(
             index = torch.arange(len(chunk), device=handle.device)
             with trace(handle, sites, stop=sites[-1]) as recording:
                 recording.run(batch)
-                parts.append(
-                    torch.stack([recording[site][index, batch.last] for site in sites], 1).float().cpu()
-                )
+                assert batch.prompt_last is not None  # pad_rows was told where prompts end
+                before = torch.stack([recording[site][index, batch.prompt_last] for site in sites], 1).float()
+            size = before.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+            tails = [torch.tensor(tail, device=table.device) for _, tail in chunk]
+            answers = torch.stack([table[tail].float().mean(0) for tail in tails]).to(before)
+            parts.append((before / size * answers[:, None]).cpu())
     states = torch.cat(parts)
     sizes = [len(question.answers) for question in questions]
     ends = np.cumsum(sizes)
