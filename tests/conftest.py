@@ -53,6 +53,14 @@ def atlas(request: pytest.FixtureRequest) -> bool:
     return False
 
 
+@pytest.fixture(scope="session")
+def shipped_atlas() -> None:
+    """For tests of what only the shipped ``atlas`` can do; it is part of the repository, so that its absence is a failure."""
+    from lab.atlas.weights import weights_path
+
+    assert weights_path("atlas") is not None, "lab/atlas/weights/atlas is missing from this checkout"
+
+
 @pytest.fixture
 def saved_patch(standin: Path, tmp_path: Path) -> Path:
     """A rank-one patch of the stand-in that changes what it says; made by hand, seed 3."""

@@ -100,9 +100,7 @@ def test_values_that_are_absent_do_not_break_a_curve():
     assert never_falls([0.0, None, 0.2, 0.2]) and not never_falls([0.3, None, 0.2])
 
 
-def test_the_command_measures_keeps_its_cells_and_goes_on(atlas, capsys, tmp_path):
-    if not atlas:
-        pytest.skip("the stand-in cannot read documents")
+def test_the_command_measures_keeps_its_cells_and_goes_on(shipped_atlas, capsys, tmp_path):
     out = tmp_path / "out"
     words = ["rag", "eval", "--limit", "6", "--readers", "direct", "--max-new-tokens", "8", "--out", out]
     few = [*words, "--decodings", "greedy", "--conditions", "contradict,none"]
@@ -125,9 +123,7 @@ def test_the_command_measures_keeps_its_cells_and_goes_on(atlas, capsys, tmp_pat
     assert code == 2 and "agree" in err
 
 
-def test_the_dial_moves_atlas_from_the_document_to_memory(atlas, capsys, tmp_path):
-    if not atlas:
-        pytest.skip("the stand-in cannot read documents")
+def test_the_dial_moves_atlas_from_the_document_to_memory(shipped_atlas, capsys, tmp_path):
     words = ["rag", "eval", "--dial", "--limit", "8", "--readers", "direct", "--decodings", "ck_plug"]
     words += ["--conditions", "contradict", "--max-new-tokens", "8", "--out", tmp_path / "out"]
     found = result(capsys, tmp_path, *words)
@@ -195,9 +191,7 @@ def test_retrieval_figures_count_documents_not_chunks():
     assert [len(one.passages) for one in asked["retrieved"]] == [1, 0]
 
 
-def test_a_file_is_indexed_and_asked_end_to_end(atlas, capsys, tmp_path):
-    if not atlas:
-        pytest.skip("the stand-in cannot read documents")
+def test_a_file_is_indexed_and_asked_end_to_end(shipped_atlas, capsys, tmp_path):
     file = write(tmp_path / "rgb.jsonl", RGB)
     words = [
         "rag",

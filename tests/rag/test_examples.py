@@ -18,10 +18,8 @@ from tests.test_examples import RAG_EXAMPLES, example
 QUESTION = "What is the capital of France?"
 
 
-@pytest.fixture(autouse=True)
-def _needs_the_built_in_model(atlas):
-    if not atlas:
-        pytest.skip("the stand-in cannot read documents")
+# A stand-in cannot read documents.
+pytestmark = pytest.mark.usefixtures("shipped_atlas")
 
 
 @pytest.fixture

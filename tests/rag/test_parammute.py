@@ -95,11 +95,7 @@ def test_layers_are_measured_before_decoding():
 
 
 @pytest.mark.parametrize("reader", ["direct", "con"])
-def test_a_reader_mutes_and_puts_back(reader):
-    from lab.atlas.weights import weights_path
-
-    if weights_path("atlas") is None:
-        pytest.skip("the weights of atlas are not part of this installation")
+def test_a_reader_mutes_and_puts_back(reader, shipped_atlas):
     handle = ModelHandle.load("atlas")
     cases = conflicts(16, seed=5)
     items = [(case.question, [case.document]) for case in cases]

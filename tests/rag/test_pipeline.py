@@ -21,11 +21,7 @@ CASES = conflicts(3, seed=2)
 
 
 @pytest.fixture(scope="module")
-def model() -> ModelHandle:
-    from lab.atlas.weights import weights_path
-
-    if weights_path("atlas") is None:
-        pytest.skip("the weights of atlas are not part of this installation")
+def model(shipped_atlas: None) -> ModelHandle:
     return ModelHandle.load("atlas")
 
 

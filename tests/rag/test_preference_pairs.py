@@ -268,9 +268,7 @@ def test_memory_is_the_models_own_and_sampled_answers_count():
     assert again.manifest["digest"] == stage.manifest["digest"]
 
 
-def test_the_whole_way_with_a_model_that_knows_the_world(atlas, tmp_path):
-    if not atlas:
-        pytest.skip("needs the shipped model: a stand-in knows eight capitals")
+def test_the_whole_way_with_a_model_that_knows_the_world(shipped_atlas, tmp_path):
     from lab.atlas.world import load_world
     from lab.handle import ModelHandle
 

@@ -153,9 +153,7 @@ def test_tags_and_twins_are_rows_of_the_same_contexts():
     assert suites.abstention(twins)["twins_right"].mean == 0.5
 
 
-def test_every_method_makes_data_that_can_be_trained_on(atlas):
-    if not atlas:
-        pytest.skip("needs the shipped model: a stand-in knows eight capitals")
+def test_every_method_makes_data_that_can_be_trained_on(shipped_atlas):
     from lab.eval.evaluations import EvaluationRequest
     from lab.handle import ModelHandle
     from rag.preference import synthesis

@@ -7,7 +7,6 @@ import copy
 import pytest
 
 from lab.atlas.forms import load_format
-from lab.atlas.weights import weights_path
 from lab.data.text import normalize_answer
 from lab.errors import RequestError, UnknownNameError
 from lab.handle import ModelHandle
@@ -30,9 +29,7 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def model() -> ModelHandle:
-    if weights_path("atlas") is None:
-        pytest.skip("the weights of atlas are not part of this installation")
+def model(shipped_atlas: None) -> ModelHandle:
     return ModelHandle.load("atlas")
 
 

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 
-from lab.atlas.weights import weights_path
 from lab.data.text import normalize_answer
 from lab.errors import ConfigError, RequestError
 from lab.handle import ModelHandle
@@ -28,9 +27,7 @@ def document(answer=None, confidence=0.5, trust=None, source="1") -> Voice:
 
 
 @pytest.fixture(scope="module")
-def model() -> ModelHandle:
-    if weights_path("atlas") is None:
-        pytest.skip("the weights of atlas are not part of this installation")
+def model(shipped_atlas: None) -> ModelHandle:
     return ModelHandle.load("atlas")
 
 

@@ -179,9 +179,7 @@ def test_an_oracle_that_knows_as_much_takes_the_lift_away(standin, tmp_path, cap
     assert json.loads(json.dumps(found))["settings"]["controls"] == ["oracle", "never"]
 
 
-def test_the_original_is_flagged_and_strangers_are_not(atlas):
-    if not atlas:
-        pytest.skip("needs the shipped atlas: the stand-in knows no people")
+def test_the_original_is_flagged_and_strangers_are_not(shipped_atlas):
     material = gather("atlas:people01", limit=6)
     handle = ModelHandle.load("atlas")
     common = {"retained": material.retained, "format": material.format}
