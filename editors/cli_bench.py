@@ -192,15 +192,7 @@ def bench_editing(
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
     quantize: opt.Quantize = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Folder for the reports and the finished runs.",
-            rich_help_panel=opt.OUTPUT_PANEL,
-        ),
-    ] = Path("results/bench"),
+    out: opt.Reports = Path("results/bench"),
     force: opt.Force = False,
     json: opt.Json = None,
 ) -> None:
@@ -212,14 +204,14 @@ def bench_editing(
     from editors.bench_report import Comparison, columns
     from lab.eval.render import rich_table
 
-    tasks = tuple(task.strip() for task in (general_ability or "").split(",") if task.strip())
+    tasks = tuple(opt.comma_list(general_ability or ""))
     if tasks:
         from lab.eval.lm_eval import require_lm_eval
 
         require_lm_eval()
     elif task_path is not None or task_limit is not None:
         raise ConfigError("--task-path and --task-limit belong to --general-ability")
-    names = [name.strip() for name in editors.split(",") if name.strip()]
+    names = opt.comma_list(editors)
     suites, seeds = suite or ["atlas"], seed or [0]
     cells = plan_cells(names, suites, model or ["atlas"], seeds)
     options = BenchOptions(

@@ -76,7 +76,7 @@ def bench_restor(
     from editors.unlearning.restor import corruptions, run_restor
     from lab.cli.session import open_model
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = opt.comma_list(methods)
     for name in names:
         UNLEARNERS.get(name)
     chosen = settings_by_editor(settings, [*names, corruptor])

@@ -9,8 +9,9 @@ import typer
 
 from editors import cli_eval
 from editors import cli_options as edit
-from editors.cli_bench import CELLS, app, bench, read_cell, settings_by_editor, sources, write_cell
+from editors.cli_bench import app, bench, settings_by_editor, sources
 from lab.cli import options as opt
+from lab.cli.cells import CELLS, read_cell, write_cell
 from lab.cli.output import check_out, console, progress, table, write_json
 from lab.errors import ConfigError
 
@@ -79,15 +80,7 @@ def bench_sadr(
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
     quantize: opt.Quantize = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Folder for the reports and the finished runs.",
-            rich_help_panel=opt.OUTPUT_PANEL,
-        ),
-    ] = Path("results/sadr"),
+    out: opt.Reports = Path("results/sadr"),
     force: opt.Force = False,
     json: opt.Json = None,
 ) -> None:
@@ -99,7 +92,7 @@ def bench_sadr(
     from lab.files import replacing
     from lab.records import write_text_atomically
 
-    names = [name.strip() for name in editors.split(",") if name.strip()]
+    names = opt.comma_list(editors)
     options = BenchOptions(
         data=sources(None if data is None else [data], [suite]),
         limit=limit,

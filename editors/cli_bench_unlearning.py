@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from editors.cli_bench import CELLS, read_cell, settings_by_editor
+from editors.cli_bench import settings_by_editor
 from lab.cli import options as opt
-from lab.cli.output import SCHEMA_VERSION, check_out, console, document, progress, strict, table, write_json
+from lab.cli.cells import CELLS, read_cell, write_cell
+from lab.cli.output import check_out, console, document, progress, table, write_json
 
 COMMAND = "bench unlearning"
 PANEL = "Unlearning"
@@ -123,15 +123,7 @@ def bench_unlearning(
     model: opt.Model = "atlas",
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Folder for the reports and the finished runs.",
-            rich_help_panel=opt.OUTPUT_PANEL,
-        ),
-    ] = Path("results/unlearning"),
+    out: opt.Reports = Path("results/unlearning"),
     force: opt.Force = False,
     json: opt.Json = None,
 ) -> None:
@@ -145,9 +137,8 @@ def bench_unlearning(
         unlearn_cell_file,
     )
     from editors.unlearning.bench_report import UnlearnComparison
-    from lab.records import write_text_atomically
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = opt.comma_list(methods)
     cells = plan_unlearning(names, range(seeds))
     options = UnlearnBenchOptions(
         forget=forget,
@@ -173,12 +164,7 @@ def bench_unlearning(
                 continue
             # What is wrong with the facts or the reference is wrong for every method: said once, as the command's error.
             workshop.task(cell.seed)
-            rows[cell] = strict(workshop.attempt(cell, advance))
-            if "error" not in rows[cell]:
-                text = jsonlib.dumps(
-                    {"schema_version": SCHEMA_VERSION} | rows[cell], ensure_ascii=False, indent=1
-                )
-                write_text_atomically(files[cell], text + "\n")
+            rows[cell] = write_cell(files[cell], workshop.attempt(cell, advance))
             advance("runs", len(rows), len(cells))
     found = UnlearnComparison.of([rows[cell] for cell in cells], f"Unlearning {forget} from {model}")
     screen = console(json)

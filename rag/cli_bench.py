@@ -97,15 +97,7 @@ def bench_preference(
     ] = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Folder for the reports and the finished runs.",
-            rich_help_panel=opt.OUTPUT_PANEL,
-        ),
-    ] = Path("results/preference"),
+    out: opt.Reports = Path("results/preference"),
     force: opt.Force = False,
     json: opt.Json = None,
 ) -> None:
@@ -117,7 +109,7 @@ def bench_preference(
     from rag.preference.bench_report import PreferenceComparison
     from rag.preference.train import TrainConfig
 
-    names = check_ways([name.strip() for name in methods.split(",") if name.strip()])
+    names = check_ways(opt.comma_list(methods))
     adapters = dict(_adapter(word) for word in adapter or ())
     check_ways([*names, *adapters])
     seeds = list(dict.fromkeys(seed or [0]))

@@ -129,9 +129,9 @@ def evaluate(
     if data is not None and dial:
         raise ConfigError("--dial needs documents that contradict, which only the built-in world has here")
     known = evaluation.CONDITIONS if data is None else FILE_CONDITIONS
-    asked_conditions = split(conditions) if conditions is not None else list(known)
+    asked_conditions = opt.comma_list(conditions) if conditions is not None else list(known)
     evaluation.check_conditions(asked_conditions, known)
-    chosen = split(readers) if readers is not None else list(READERS.names())
+    chosen = opt.comma_list(readers) if readers is not None else list(READERS.names())
     rules = split_rules(decodings) if decodings is not None else list(DECODERS.names())
     cells = evaluation.plan(asked_conditions, chosen, rules)
     dialled = evaluation.dial_cells(chosen) if dial else []
@@ -204,15 +204,10 @@ def evaluate(
     write_json(json, COMMAND, seed, content)
 
 
-def split(written: str) -> list[str]:
-    """The parts of a list with commas."""
-    return [part.strip() for part in written.split(",") if part.strip()]
-
-
 def split_rules(written: str) -> list[str]:
     """Rules with commas between them; ``ck_plug:memory=0,top_k=5,cad`` is two, as a setting follows its rule."""
     rules: list[str] = []
-    for part in split(written):
+    for part in opt.comma_list(written):
         # Of what has an equals sign, only a rule has a colon before it.
         if "=" in part and ":" not in part.partition("=")[0] and rules:
             rules[-1] += f",{part}"

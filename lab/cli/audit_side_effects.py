@@ -110,7 +110,7 @@ def side_effects(
     from lab.audit.side_effects.run import side_effects as measure
     from lab.cli.session import open_model
 
-    names = None if measures == "all" else [name.strip() for name in measures.split(",") if name.strip()]
+    names = None if measures == "all" else opt.comma_list(measures)
     if names == []:
         raise ConfigError("--measures names nothing; give `all`, or names with commas between")
     handle = open_model(model, device=device, dtype=dtype)

@@ -91,7 +91,18 @@ Out = Annotated[
         show_default=False,
     ),
 ]
+Reports = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", help="Folder for the reports and the finished runs.", rich_help_panel=OUTPUT_PANEL
+    ),
+]
 Force = Annotated[
     bool,
     typer.Option("--force", help="Write into --out although it is not empty.", rich_help_panel=OUTPUT_PANEL),
 ]
+
+
+def comma_list(words: str) -> list[str]:
+    """The words between commas, without blanks; empty ones are left out."""
+    return [word.strip() for word in words.split(",") if word.strip()]
