@@ -3,6 +3,7 @@
 A plain TRL script, for one process or many; `knowlab train knowpo` does the same in one process and can be resumed.
 
 python examples/train_knowpo.py --limit 200 --output_dir results/knowpo
+torchrun --nproc_per_node 2 examples/train_knowpo.py --config examples/train_knowpo.yaml   # two processes on a CPU, by gloo
 accelerate launch --config_file examples/accelerate/fsdp.yaml examples/train_knowpo.py --config examples/train_knowpo.yaml
 """
 

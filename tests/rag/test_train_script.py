@@ -110,9 +110,8 @@ def test_two_processes_train_one_adapter(tmp_path, standin):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(ROOT / "examples" / "accelerate" / "cpu.yaml"),
-        "--main_process_port", str(port), str(SCRIPT), "--config", str(file),
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--master_port", str(port), str(SCRIPT), "--config", str(file),
     ]  # fmt: skip
     ran = subprocess.run(
         words,
