@@ -94,7 +94,7 @@ def test_an_unknown_setting_is_refused(tmp_path, standin):
         script().main(["--config", str(file)])
 
 
-@pytest.mark.parametrize("name", ["cpu", "fsdp", "deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed_zero2", "deepspeed_zero3"])
 def test_the_settings_of_accelerate_can_be_read(name):
     from accelerate.commands.config.config_args import load_config_from_file
 
