@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lab.atlas.checkpoint import export_model, load_checkpoint
 from lab.atlas.recipe import Recipe, get_recipe
 from lab.atlas.source import AtlasSource
-from lab.atlas.weights import core_path, weights_root
+from lab.atlas.weights import core_path, weights_path, weights_root
 from lab.atlas.world import load_world
 from lab.errors import ConfigError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
+_FIRST = "atlas"
 _TOKENIZER_TEXTS = 40_000
 _NAME_REPEATS = 200
 _DATA_FILES = ("format.toml", "relations.toml")
@@ -41,9 +42,20 @@ def default_work_dir(name: str) -> Path:
 
 
 def world_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The tokenizer of the built-in world, the same for all its models, so that their tokens can be compared."""
+    """The tokenizer of the built-in world, the same for all its models, so that their tokens can be compared.
+
+    It is that of the shipped `atlas` as long as the recipe has as many tokens: texts change from version to version, and a
+    tokenizer that is trained on them again would part names elsewhere.
+    """
+    from transformers import PreTrainedTokenizerFast
+
     from lab.atlas.tokenizer import train_tokenizer
 
+    shipped = weights_path(_FIRST)
+    if shipped is not None:
+        found = PreTrainedTokenizerFast.from_pretrained(str(shipped))
+        if len(found) == recipe.shape.vocab and found.model_max_length == recipe.shape.context:
+            return found
     texts = [document.text for document in islice(AtlasSource().documents(0), _TOKENIZER_TEXTS)]
     # Parts of names become tokens at the beginning of a line too, so that a name is read the same everywhere.
     fiction = load_world().fiction

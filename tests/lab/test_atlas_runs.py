@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import lab.atlas.train
-from lab.atlas.runs import train_atlas
+from lab.atlas.recipe import get_recipe
+from lab.atlas.runs import train_atlas, world_tokenizer
 from lab.atlas.weights import CORE_NAME, MODEL_NAMES, core_path, weights_path
 
 SHIPPED = weights_path("atlas")
@@ -73,3 +76,21 @@ def test_without_a_core_it_is_trained_first(
 
 def test_the_core_is_no_model_to_choose() -> None:
     assert CORE_NAME not in MODEL_NAMES
+
+
+def test_all_models_of_the_world_read_with_one_tokenizer() -> None:
+    assert SHIPPED is not None
+    expected = (SHIPPED / "tokenizer.json").read_text(encoding="utf-8")
+    for name in MODEL_NAMES:
+        assert world_tokenizer(get_recipe(name)).get_vocab() == json.loads(expected)["model"]["vocab"]
+        folder = weights_path(name)
+        assert folder is None or (folder / "tokenizer.json").read_text(encoding="utf-8") == expected
+    core = core_path(CORE_NAME)
+    assert core is None or (core / "tokenizer.json").read_text(encoding="utf-8") == expected
+
+
+def test_another_number_of_tokens_is_another_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lab.atlas.runs._TOKENIZER_TEXTS", 200)
+    recipe = get_recipe("atlas")
+    fewer = replace(recipe, shape=replace(recipe.shape, vocab=400))
+    assert len(world_tokenizer(fewer)) == 400
