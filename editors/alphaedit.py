@@ -18,9 +18,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editors.base import Editor, EditorOptions, Method, carried, make_patch, temporarily
+from editors.base import (
+    Editor,
+    EditorOptions,
+    Method,
+    carried,
+    check_layers,
+    key_stats,
+    make_patch,
+    settle,
+    temporarily,
+)
 from editors.rows import check_requests
 from editors.spread import (
+    PREFIX_LENGTHS,
     Ready,
     SpreadConfig,
     SpreadMethod,
@@ -99,7 +110,14 @@ class AlphaEditor:
         check_requests(requests, one_per_subject=False)
         with handle.writing():
             ready = prepare(handle, self.options, _METHOD, requests, progress)
-            return self._patch(handle, requests, ready, tuple(history or ()), _projectors(ready), progress)
+            return self._patch(
+                handle,
+                requests,
+                ready,
+                tuple(history or ()),
+                _projectors(ready.config, ready.stats),
+                progress,
+            )
 
     def edit_many(
         self, handle: ModelHandle, requests: Sequence[EditRequest], *, progress: Progress | None = None
@@ -109,10 +127,21 @@ class AlphaEditor:
             return []
         with handle.writing():
             ready = prepare(handle, self.options, _METHOD, requests, progress)
-            kept = _projectors(ready)
+            kept = _projectors(ready.config, ready.stats)
             return each_alone(
                 requests, ready, lambda one, its: self._patch(handle, one, its, (), kept, None), progress
             )
+
+    def ranks(self, handle: ModelHandle) -> dict[int, int]:
+        """Layer to the rank of the null space that edits of this model are confined to.
+
+        Raises:
+            ConfigError: The threshold keeps no direction, or all of them.
+        """
+        config, _ = settle(handle, self.options, "alphaedit", AlphaEditConfig, PREFIX_LENGTHS)
+        check_layers(handle, config.layers)
+        kept = _projectors(config, key_stats(handle, self.options, config.layers, None))
+        return {layer: projector.rank for layer, projector in kept.items()}
 
     def _patch(
         self,
@@ -185,10 +214,10 @@ def _name(layer: int) -> str:
     return f"layer {layer}"
 
 
-def _projectors(ready: Ready[AlphaEditConfig]) -> dict[int, Projector]:
-    config, found = ready.config, {}
+def _projectors(config: AlphaEditConfig, statistics: Mapping[int, KeyStats]) -> dict[int, Projector]:
+    found = {}
     for layer in config.layers:
-        stats = ready.stats[layer]
+        stats = statistics[layer]
         scale = float(stats.moment.diagonal().mean()) if config.threshold_mode == "relative" else 1.0
         try:
             found[layer] = stats.null_space(config.nullspace_threshold * scale)
