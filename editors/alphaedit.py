@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,6 @@ from editors.base import (
     key_stats,
     make_patch,
     settle,
-    temporarily,
 )
 from editors.rows import check_requests
 from editors.spread import (
@@ -35,9 +34,7 @@ from editors.spread import (
     Ready,
     SpreadConfig,
     SpreadMethod,
-    context_rows,
     each_alone,
-    mean_keys,
     prepare,
     spread,
     spread_note,
@@ -47,7 +44,7 @@ from lab.errors import ConfigError
 from lab.handle import ModelHandle
 from lab.patch import Carry, WeightPatch
 from lab.records import EditRequest
-from lab.stats import KeyStats, Projector, null_space_factors
+from lab.stats import KeyStats, PastGram, Projector, null_space_factors
 
 KIND = "alphaedit"
 """Of what its patches carry."""
@@ -82,9 +79,15 @@ _METHOD = SpreadMethod("alphaedit", AlphaEditConfig)
 
 @dataclass(frozen=True)
 class AlphaEditor:
-    """AlphaEdit; see the module. Make one with ``get_editor``."""
+    """AlphaEdit; see the module. Make one with ``get_editor``.
+
+    Attributes:
+        options: How to run.
+        grams: Layer to what was computed of the past; only saves time, whatever sequence comes next.
+    """
 
     options: EditorOptions
+    grams: dict[int, PastGram] = field(default_factory=dict, repr=False, compare=False)
 
     def edit(
         self,
@@ -153,24 +156,27 @@ class AlphaEditor:
         progress: Progress | None,
     ) -> WeightPatch:
         layers = ready.config.layers
-        past = past_keys(handle, history, ready)
+        blocks = past_keys(handle, history, ready)
+        past = {
+            layer: self.grams.setdefault(layer, PastGram()).over(kept[layer], blocks[layer])
+            for layer in layers
+        }
 
         def solve(layer: int, keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-            return null_space_factors(kept[layer], keys, residuals, past[layer], ready.config.l2)
+            earlier, gram = past[layer]
+            return null_space_factors(kept[layer], keys, residuals, earlier, ready.config.l2, gram)
 
         parents = [entry.patch.id for entry in handle.applied]
         done = spread(handle, requests, ready, _METHOD, solve, progress)
-        with temporarily(handle, done.deltas):
-            new = mean_keys(handle, context_rows(handle, requests, ready), ready, layers)
         # As precise as the model itself; half the size where that is fp32.
         dtype = torch.promote_types(handle.dtype, torch.float32)
-        carry = Carry(KIND, {_name(layer): keys.to(dtype) for layer, keys in new.items()})
+        carry = Carry(KIND, {_name(layer): keys.to(dtype) for layer, keys in done.keys.items()})
         extra: dict[str, Any] = {
             **spread_note(_METHOD, requests, ready, done),
             "null_space": [_rank_note(layer, ready.stats[layer], kept[layer]) for layer in layers],
             "history": {
                 "patches": [patch.id for patch in history],
-                "keys": past[layers[0]].shape[1],
+                "keys": past[layers[0]][0].shape[1],
                 "without_keys": [patch.id for patch in history if not carried([patch], KIND)],
             },
         }
@@ -181,8 +187,8 @@ class AlphaEditor:
 
 def past_keys(
     handle: ModelHandle, history: Sequence[WeightPatch], ready: Ready[AlphaEditConfig]
-) -> dict[int, Tensor]:
-    """Keys of earlier edits, layer to ``[in, n]`` fp64, oldest first; ``n = 0`` without any.
+) -> dict[int, list[Tensor]]:
+    """Keys of earlier edits, layer to ``[in, n_i]`` of each patch, oldest first.
 
     Raises:
         ConfigError: A patch carries keys, but not of a layer that is edited now.
@@ -198,15 +204,15 @@ def past_keys(
         )
     found = {}
     for layer in ready.config.layers:
-        parts = [torch.empty(len(ready.stats[layer].moment), 0, dtype=torch.float64)]
+        parts = []
         for carry in carries:
             if _name(layer) not in carry.tensors:
                 raise ConfigError(
                     f"an earlier patch carries keys of {', '.join(sorted(carry.tensors))}, but layer {layer} is edited now; "
                     "edit the same layers throughout a sequence"
                 )
-            parts.append(carry.tensors[_name(layer)].double())
-        found[layer] = torch.cat(parts, dim=1)
+            parts.append(carry.tensors[_name(layer)])
+        found[layer] = parts
     return found
 
 
