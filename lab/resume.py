@@ -166,7 +166,6 @@ class HeldRows:
         stubs: dict[nn.Module, Callable[..., Any]] = {
             handle.module(Role.BLOCK, block): note(block) for block in range(first, last + 1)
         }
-        with torch.no_grad(), handle.writing(), replaced_forwards(stubs):
-            with suppress(_Reached):
-                handle.model(**{"use_cache": False, **handle.inputs(batch)})
+        with torch.no_grad(), handle.writing(), replaced_forwards(stubs), suppress(_Reached):
+            handle.model(**{"use_cache": False, **handle.inputs(batch)})
         return _Chunk(seen[0], batch.last, calls)
