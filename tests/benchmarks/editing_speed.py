@@ -236,11 +236,12 @@ class Sides:
     @cached_property
     def cases(self) -> list[EditCase]:
         """Facts of the built-in world, one per subject, whose tokens are the same however a prompt and its target are joined."""
-        tokenizer, found, subjects = self.ours.tokenizer, [], set()
+        size, tokenizer, found, subjects = self.size, self.ours.tokenizer, [], set()
+        needed = max(size.sequence, size.batch, size.edits, size.rounds)
         for split in ("test", "dev"):
             for case in atlas_cases(split=split):
                 (request,) = case.requests
-                if request.subject in subjects:
+                if request.subject in subjects or len(found) == needed:
                     continue
                 rows = request_rows(self.ours, request, self.rome_prefixes)
                 joined = [
