@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Rises when cells of an older version must not be taken for finished.
 CELL_VERSION = 1
+# Doses are told apart down to this part of themselves; every halving asks all forms once more.
+DOSE_WIDTH = 0.1
 STAYS = ("retain", "neighbor", "utility")
 
 Row = dict[str, Any]
@@ -266,7 +268,7 @@ class UnlearnWorkshop:
 
         started = time.perf_counter()
         if scalable:
-            match = match_dose(gap, options.tolerance, most=options.most_dose)
+            match = match_dose(gap, options.tolerance, most=options.most_dose, width=DOSE_WIDTH)
         else:
             # A memory is there or not; it has no dose.
             only = gap(1.0)

@@ -76,7 +76,7 @@ class GradientUnlearner:
             patch = fit(handle, trainer.on, lora=lora, seed=self.seed)
         else:
             names = trained(handle, config.layers, self._only(handle))
-            patch = fit(handle, trainer.on, weights=names, seed=self.seed)
+            patch = fit(handle, trainer.on, weights=names, seed=self.seed, spill=config.spill)
         plain = {name: value for name, value in plain_settings(config).items() if name in self.settings}
         requests = tuple(fact.to_json() for fact in forget)
         made = Provenance(self.name, plain, requests, self.seed, library_versions(), trainer.notes)

@@ -59,6 +59,8 @@ class GradientConfig:
             ``mlp_out`` (their down projections), ``lora`` (an adapter).
         layers: The blocks for ``layers``, ``mlp`` and ``mlp_out``, and for ``lora`` (all without any).
         modules, rank, alpha: Of the adapter, as in the editor ``lora``.
+        spill: The untouched bits of what is trained wait in temporary files instead of in memory (not with an adapter, which has
+            none).
         forget_weight: γ.
         retain_weight: α; the retain term exists where retained facts are given.
         stop_above: Training ends when a batch's mean token loss on facts to forget exceeds this many times ln(vocabulary),
@@ -109,6 +111,7 @@ class GradientConfig:
     modules: str = "mlp"
     rank: int = 8
     alpha: float = 16.0
+    spill: bool = False
     forget_weight: float = 1.0
     retain_weight: float = 1.0
     stop_above: float | None = 1.0
@@ -208,6 +211,7 @@ SHARED = frozenset(
         "modules",
         "rank",
         "alpha",
+        "spill",
     }
 )
 """Settings that every gradient method takes."""

@@ -258,6 +258,8 @@ class UnlearningTrainer:
             loss.backward()
             self.procedure.before_update(self)
             self.adam.step()
+        # Its memory is as large as two models; the patch is made behind it.
+        self.adam = None
         self.notes = {
             # What ends training in the middle of a pass is seen before an update that then is not made.
             "updates": len(history) - (stopped in ("forget", "retain")),
