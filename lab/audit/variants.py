@@ -48,7 +48,11 @@ def worst_variant(
         }
         for name, result in found.items()
     }
-    return replace(found[worst], details={"worst": worst, "variants": table, **(details or {})})
+    return replace(
+        found[worst],
+        details={"worst": worst, "variants": table, **(details or {})},
+        variants={name: result.variants[""] for name, result in found.items()},
+    )
 
 
 def halves(count: int, seed: int) -> tuple[tuple[list[int], list[int]], ...]:

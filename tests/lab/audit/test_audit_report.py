@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lab.audit.base import AttackResult, Family, Interval, Scores, lift_over_controls
+from lab.audit.lift import _widening
 from lab.audit.page import page
 from lab.audit.report import AuditReport, broken_limits, markdown, parse_limits, read_report
 from lab.audit.sampling import leak_at
@@ -69,6 +70,33 @@ def test_the_worst_of_many_clean_variants_is_seldom_sure():
         together += any_sure(20)
     assert together <= 4
     assert alone >= 8
+
+
+def test_facts_of_one_subject_are_drawn_together():
+    # Five facts of a subject that are all alike say no more than one: without their names the interval is far too narrow.
+    misled = held = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        facts, never = (np.repeat(rng.beta(0.5, 2, 20), 5).tolist() for _ in range(2))
+        names = [str(place // 5) for place in range(100)]
+        misled += lift_over_controls(facts, (), never, seed, 500).low > 0
+        held += lift_over_controls(facts, (), never, seed, 500, about=names, about_never=names).low > 0
+    assert held <= 4
+    assert misled >= 8
+    with pytest.raises(ConfigError, match="pair up"):
+        lift_over_controls([0.5, 0.5], about=["one"])
+
+
+def test_few_subjects_get_wider_intervals():
+    # Student's 97.5 % quantile for 8 degrees of freedom is 2.306, and ten values resampled lack a tenth of their variance.
+    assert _widening([5, 5], 0.025) == pytest.approx(2.306 / 1.960 * (10 / 8) ** 0.5, rel=2e-3)
+    assert _widening([500, 500], 0.025) == pytest.approx(1.0, abs=5e-3)
+    held = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        facts, never = (rng.beta(0.5, 2, 5).tolist() for _ in range(2))
+        held += lift_over_controls(facts, (), never, seed, 500).low <= 0
+    assert held >= 95
 
 
 def test_the_same_seed_gives_the_same_interval():
