@@ -39,6 +39,7 @@ from lab.trace import Site, Write
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
 
+_ROWS = 16
 FORGOTTEN = 0.05
 """Probability below which a request counts as carried out."""
 
@@ -68,7 +69,8 @@ class Indirect:
                 self, f"needs more than {asked} retained subjects that the model knows: victims and requests"
             )
         facts = [fact for fact, _ in known]
-        near = contributions(handle, _lines(subject, handle, facts))
+        parts = [facts[start : start + _ROWS] for start in range(0, len(facts), _ROWS)]
+        near = torch.cat([contributions(handle, _lines(subject, handle, part)) for part in parts])
         near = near / near.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         chooser = random.Random(f"audit:{subject.seed}:indirect")
         victims = sorted(chooser.sample(range(len(facts)), min(count, len(facts))))

@@ -7,13 +7,16 @@ import json
 import numpy as np
 import pytest
 
-from lab.audit.base import AttackResult, Family, Interval, Scores, lift_over_controls
+from lab.audit.base import AttackResult, AuditSubject, Family, Interval, Scores, lift_over_controls
+from lab.audit.forms import Forms
 from lab.audit.lift import _widening
 from lab.audit.page import page
 from lab.audit.report import AuditReport, broken_limits, markdown, parse_limits, read_report
 from lab.audit.sampling import leak_at
-from lab.audit.variants import halves
+from lab.audit.variants import halves, worst_variant
 from lab.errors import ConfigError, DataError
+from lab.records import Fact
+from tests.tiny import tiny_handle
 
 
 def test_the_lift_is_the_mean_minus_the_larger_control():
@@ -97,6 +100,16 @@ def test_few_subjects_get_wider_intervals():
         facts, never = (rng.beta(0.5, 2, 5).tolist() for _ in range(2))
         held += lift_over_controls(facts, (), never, seed, 500).low <= 0
     assert held >= 95
+
+
+def test_a_variant_without_a_control_is_not_the_worst_beside_others_that_have_one():
+    subject = AuditSubject(tiny_handle("llama", layers=2), (Fact("a", "r", "b", "{} is", id="a"),))
+    variants = {"alone": Scores((0.9,)), "compared": Scores((0.4, 0.5), never=(0.4, 0.5))}
+    found = worst_variant(Forms(), subject, variants, tried="")
+    assert found.details["worst"] == "compared"
+    assert found.lift.mean == pytest.approx(0.0)
+    assert set(found.details["variants"]) == {"alone", "compared"}
+    assert worst_variant(Forms(), subject, {"alone": Scores((0.9,))}, tried="").details["worst"] == "alone"
 
 
 def test_the_same_seed_gives_the_same_interval():

@@ -107,9 +107,19 @@ def test_scores_taken_once_are_those_of_every_division(name) -> None:
     )
     subject = AuditSubject(tiny_handle("llama", layers=2), FACTS, Controls(oracle), retained=retained)
     make = subjects_of(subject, FACTS, 6)
-    anew = calibrate(make, (name,), 2)
-    once = calibrate(make, (name,), 2, whole=subject)
-    for first, second in zip(anew, once, strict=True):
-        assert second.mean == pytest.approx(first.mean, abs=1e-5)
-        assert (second.low, second.high) == pytest.approx((first.low, first.high), abs=1e-5)
-    assert any(trial.mean for trial in anew)
+    # The first division has the seed of the whole; later ones draw prompts and samples of their own.
+    (first,) = calibrate(make, (name,), 1)
+    second, _ = calibrate(make, (name,), 2, whole=subject)
+    assert second.mean == pytest.approx(first.mean, abs=1e-5)
+    assert (second.low, second.high) == pytest.approx((first.low, first.high), abs=1e-5)
+    assert first.mean
+
+
+@pytest.mark.slow
+def test_cheap_attacks_cry_wolf_in_at_most_one_of_twenty_divisions_of_strangers(
+    shipped_atlas, tmp_path, capsys
+) -> None:
+    words = ["audit-calibration", "--attacks", "forms,in_context,quantize,prune", "--trials", "200"]
+    found = result(capsys, tmp_path, *words)
+    assert found["missed"] == []
+    assert all(row["under"]["n"] == 200 for row in found["attacks"])
