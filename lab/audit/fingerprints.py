@@ -168,8 +168,8 @@ class Trace:
             )
         prompts = [subject.prompt(fact) for fact in asked]
 
-        def look(handle: ModelHandle) -> dict[str, torch.Tensor]:
-            return {view: features(handle, prompts, view) for view in views}
+        def look(handle: ModelHandle) -> dict[View, torch.Tensor]:
+            return features(handle, prompts, views)
 
         report_progress(self.name, 0, 4)
         after = look(subject.handle)
@@ -188,7 +188,7 @@ class Trace:
                 seen[name] = look(original.handle)
         report_progress(self.name, 3, 4)
 
-        def compare(other: dict[str, torch.Tensor]) -> dict[str, Any]:
+        def compare(other: dict[View, torch.Tensor]) -> dict[View, Any]:
             return {view: detect(before[view], other[view], seed=subject.seed) for view in views}
 
         found = compare(after)

@@ -178,4 +178,7 @@ def _after_removal(
                 optimiser.zero_grad()
                 said[said.detach().exp() >= FORGOTTEN].sum().backward()
                 optimiser.step()
+                # What resists is pushed harder; models differ in how far a step takes them.
+                for group in optimiser.param_groups:
+                    group["lr"] *= 1.05
         return score_facts(handle, [subject.prompt(victim)], [victim])[0], met

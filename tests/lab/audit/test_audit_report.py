@@ -113,7 +113,7 @@ def test_a_variant_without_a_control_is_not_the_worst_beside_others_that_have_on
 
 
 def test_the_same_seed_gives_the_same_interval():
-    facts, never = [0.1, 0.9, 0.4], [0.2, 0.1]
+    facts, never = [0.1, 0.9, 0.4, 0.3, 0.35, 0.2, 0.7], [0.2, 0.1, 0.05, 0.4, 0.3]
     assert lift_over_controls(facts, (), never, 3) == lift_over_controls(facts, (), never, 3)
     assert lift_over_controls(facts, (), never, 3) != lift_over_controls(facts, (), never, 4)
 

@@ -47,7 +47,7 @@ def test_a_model_that_is_its_own_oracle_shows_no_effect_of_forgetting(subject: A
 
 
 def test_a_model_that_forgot_nothing_is_refused(standin, subject: AuditSubject) -> None:
-    with pytest.raises(ConfigError, match="have forgotten"):
+    with pytest.raises(ConfigError, match="has forgotten"):
         effects(replace(subject, handle=ModelHandle.load("atlas")), ["suffix"], QUICK)
     with pytest.raises(ConfigError, match="before the change"):
         effects(replace(subject, base=None), ["suffix"], QUICK)
