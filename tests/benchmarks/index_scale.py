@@ -193,7 +193,8 @@ def show(figures: dict[str, Any]) -> str:
         memory = row.get("memory_mib", {"bare": float("nan"), "index": float("nan")})
         median = {name: found["median"] for name, found in row["latency_ms"].items()}
         lines.append(
-            f"{row['chunks']:>8} {row['bare_per_second']:>8.0f} {row['index_per_second']:>8.0f} {row['ratio']:>6.2f} {row['processor_ratio']:>6.2f} "
+            f"{row['chunks']:>8} {row['bare_per_second']:>8.0f} {row['index_per_second']:>8.0f} "
+            f"{row['ratio']:>6.2f} {row['processor_ratio']:>6.2f} "
             f"{memory['bare']:>9.0f} {memory['index']:>9.0f} {median['bare']:>8.1f} {median['dense']:>8.1f} "
             f"{median['hybrid']:>9.1f}"
         )
