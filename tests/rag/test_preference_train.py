@@ -11,9 +11,11 @@ from lab.arch import Role
 from lab.errors import BaseMismatchError, ConfigError, DataError, MissingParentsError, PatchError
 from lab.patch import Dense, Provenance, WeightPatch
 from lab.patch_io import load_saved
+from lab.scoring import score_targets
 from lab.training import fit, training_defaults
 from rag.preference.bundle import load_bundle, save_bundle
 from rag.preference.check import PAIR_FIELDS, check_rows, read_training_rows
+from rag.preference.control import equal_token_sft
 from rag.preference.knowpo import TrainingData
 from rag.preference.stage import to_dataset
 from rag.preference.train import TrainConfig, last_checkpoint, preference_trainer, train_preference
@@ -91,6 +93,49 @@ def test_the_mixed_loss_keeps_the_guard_quiet_and_checkpointing_leaves_no_trace(
         parameter.requires_grad and parameter.grad is not None for parameter in handle.model.parameters()
     )
     assert handle.weights_digest() == before
+
+
+@pytest.mark.parametrize("objective", ["kto", "orpo", "simpo"])
+def test_other_objectives_prefer_the_chosen_answer_too(objective):
+    handle = tiny_handle()
+    before, digest = margins(handle), handle.weights_digest()
+    config = TrainConfig(**FEW | {"max_steps": 6, "dpo_lr": 3e-2}, objective=objective)
+    trained = train_preference(handle, data(sft=False), config)
+    assert handle.weights_digest() == digest
+    assert all(math.isfinite(row["loss"]) for row in trained.curves["dpo"])
+    with trained.patch.applied(handle):
+        assert sum(margins(handle)) > sum(before) + 0.5
+
+
+def margins(handle: Any) -> list[float]:
+    """How much likelier the chosen answer is, pair by pair."""
+    likely = []
+    for side in ("chosen", "rejected"):
+        items = [(row["prompt"], row[side]) for row in PAIRS]
+        likely.append([score.sum_logprob for score in score_targets(handle, items)])
+    return [one - two for one, two in zip(*likely, strict=True)]
+
+
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(ConfigError, match="ppo"):
+        TrainConfig(objective="ppo")
+
+
+def test_the_control_sees_the_chosen_answers_and_as_many_tokens():
+    handle = tiny_handle()
+    config = TrainConfig(sft_epochs=2.0, dpo_epochs=3.0)
+    made, changed = equal_token_sft(handle, data(), config)
+    assert made.pairs is None and len(made.sft) == len(SFT) + len(PAIRS)
+
+    def tokens(*sides: str) -> int:
+        rows = [row | {"completion": row["chosen"]} for row in PAIRS]
+        return sum(
+            len(handle.tokenizer(row["prompt"] + row[side])["input_ids"]) for row in rows for side in sides
+        )
+
+    wanted = 2 * tokens("completion") + 3 * tokens("chosen", "rejected")
+    assert changed.sft_epochs * 2 * tokens("completion") == pytest.approx(wanted)
+    assert changed.dpo_epochs == config.dpo_epochs
 
 
 def test_another_reference_is_refused(tmp_path):
