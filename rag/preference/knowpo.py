@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag.preference.memory import probe_memory
+from rag.preference.memory import fitting_contexts, probe_memory
 from rag.preference.pairs import (
     BARE,
     DEFAULT_SHARES,
@@ -129,6 +129,7 @@ def knowpo_data(
         "contexts",
         contexts(data, documents=config.documents, hard=config.hard, most_hard=config.most_hard, seed=seed),
     )
+    data = add("fitting", fitting_contexts(handle, data))
     data = add("reading", read_contexts(handle, data, skip=("sft",)))
     add("sft", sft_rows(handle, data, config.frame))
     data = add("pairs", pairs(handle, _only(data, "dpo"), seed=seed))

@@ -12,7 +12,7 @@ from lab.eval.evaluations import EvaluationRequest
 from rag.decoding.contrast import position_limit
 from rag.preference.check import read_training_rows
 from rag.preference.knowpo import KnowPOConfig, TrainingData, applied_requests, knowpo_data
-from rag.preference.memory import probe_memory
+from rag.preference.memory import fitting_contexts, probe_memory
 from rag.preference.pairs import read_contexts, split_by_title
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import atlas_items, read_items, with_edits
@@ -115,6 +115,8 @@ def prepare(
     stages["contexts"] = contexts(
         stages["counterfactuals"].data, documents=documents, hard=hard, most_hard=most_hard, seed=seed
     )
+    made = stages.pop("contexts")
+    stages["graded"], stages["contexts"] = made, fitting_contexts(handle, made.data)
     if read:
         stages["reading"] = read_contexts(handle, stages["contexts"].data)
     return stages

@@ -14,11 +14,13 @@ from lab.records import EditRequest
 from rag.preference import suites
 from rag.preference.bench import PreferenceBench
 from rag.preference.edited import edit_metrics, edit_rows, edited_facts
+from rag.preference.memory import fitting_contexts
 from rag.preference.passages import contexts
 from rag.preference.prepare import question_items
 from rag.preference.presets import train_config
 from rag.preference.stage import finish, records
 from tests.rag.test_preference_suites import row
+from tests.tiny import tiny_handle
 
 
 def answered(right: int, wrong: int, robust: int, failed: int) -> list[dict[str, Any]]:
@@ -154,3 +156,20 @@ def test_settings_of_training_come_from_defaults_the_model_and_the_caller():
     assert (changed.rank, changed.alpha, changed.beta, changed.loss) == (3, 6, 0.5, ("sigmoid",))
     with pytest.raises(ConfigError, match="no setting 'lr'"):
         train_config(handle(64), "knowpo", lr=1.0)
+
+
+def test_contexts_are_cut_to_what_the_model_reads(monkeypatch):
+    monkeypatch.setattr("rag.preference.memory.position_limit", lambda _handle: 500)
+    handle, long = tiny_handle(), "a b c d " * 500
+    base = {"question": "Where?", "context": "related", "context_answers": ["Rome"], "gold_pos": 1}
+    rows = [
+        base | {"id": "short", "documents": ["x", "In Rome."], "kinds": ["easy", "gold"]},
+        base | {"id": "long", "documents": [long, "In Rome.", "y"], "kinds": ["hard", "gold", "easy"]},
+        base | {"id": "hopeless", "documents": [long, long + long], "kinds": ["easy", "gold"]},
+    ]
+    stage = fitting_contexts(handle, finish("contexts", 3, rows).data, room=8)
+    made = {each["id"]: each for each in records(stage.data)}
+    assert list(made) == ["short", "long"]
+    assert made["long"]["documents"] == ["In Rome.", "y"] and made["long"]["gold_pos"] == 0
+    assert stage.manifest["settings"]["shortened"] == 1
+    assert list(stage.manifest["dropped"].values()) == [1]

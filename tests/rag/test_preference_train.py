@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from typing import Any
 
 import pytest
@@ -165,19 +166,22 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
+# One place by hand in each step, and one that is drawn anew in every run of the tests.
+@pytest.mark.parametrize("place", [("sft", 2), ("dpo", 3), None], ids=["sft", "dpo", "drawn"])
+def test_a_killed_run_goes_on_to_the_same_end(place, tmp_path):
+    place = place or random.SystemRandom().choice([("sft", 3), ("sft", 4), ("dpo", 2), ("dpo", 4)])
     config = TrainConfig(**FEW | {"max_steps": 4}, save_steps=1)
     whole = train_preference(tiny_handle(), data(), config, work=tmp_path / "whole", seed=2)
 
     def kill(step: str, done: int, _total: int) -> None:
-        if (step, done) == ("dpo", 3):
+        if (step, done) == place:
             raise Killed
 
     work = tmp_path / "work"
     with pytest.raises(Killed):
         train_preference(tiny_handle(), data(), config, work=work, seed=2, progress=kill)
-    checkpoint = last_checkpoint(work / "dpo")
-    assert checkpoint is not None and checkpoint.name == "checkpoint-2"
+    checkpoint = last_checkpoint(work / place[0])
+    assert checkpoint is not None and checkpoint.name == f"checkpoint-{place[1] - 1}"
     steps: list[tuple[str, int]] = []
     handle = tiny_handle()
     resumed = train_preference(
@@ -188,8 +192,11 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
         seed=2,
         progress=lambda name, done, _total: steps.append((name, done)),
     )
-    assert steps == [("dpo", 3), ("dpo", 4)]
-    assert [row["loss"] for row in resumed.curves["dpo"]] == [row["loss"] for row in whole.curves["dpo"]]
+    every = [(step, number) for step in ("sft", "dpo") for number in range(1, 5)]
+    assert steps == every[every.index(place) :], place
+    for step in ("sft", "dpo"):
+        losses = ([row["loss"] for row in run.curves[step]] for run in (resumed, whole))
+        assert next(losses) == next(losses), place
     assert resumed.patch.id == whole.patch.id
     with pytest.raises(ConfigError, match="another model, data or settings"):
         train_preference(handle, data(), config, work=work, seed=3)
