@@ -223,7 +223,7 @@ def _edited(handle: ModelHandle, method: str, count: int, seed: int, folder: Pat
 
     place = folder / f"{method}-{count}-{seed}-{handle.state[:12]}"
     if not (place / "patch.json").is_file():
-        world_edits(handle, method, count, seed=seed).save(place, overwrite=True)
+        world_edits(handle, method, count, seed=seed).save(place)
     load_saved(place).apply(handle)
 
 

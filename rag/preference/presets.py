@@ -49,6 +49,7 @@ def train_config(handle: ModelHandle, method: str, **given: Any) -> TrainConfig:
     if "rank" in chosen:
         chosen.setdefault("alpha", 2 * chosen["rank"])
     merged = {**tuned_settings(handle, "knowpo" if method == "sft" else method), **chosen}
-    return TrainConfig(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in merged.items()}
-    )
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in merged.items()
+    }
+    return TrainConfig(**settings)
