@@ -19,6 +19,8 @@ from lab.errors import NumericalError
 class Optimiser(Protocol):
     """What a loop needs of an optimiser."""
 
+    param_groups: list[dict[str, Any]]
+
     def zero_grad(self) -> None:
         """Forgets gradients."""
 
@@ -74,6 +76,7 @@ class GuardedAdam:
         self._transposed = list(transposed)
         self._free = [torch.nn.Parameter(torch.zeros_like(each)) for each in self._start]
         self._adam = torch.optim.AdamW(self._free, lr=lr, weight_decay=0.0)
+        self.param_groups = self._adam.param_groups
 
     def _damped(self, place: int, table: Tensor) -> Tensor:
         factor = self._factors[place]
@@ -106,3 +109,4 @@ class GuardedAdam:
         for free, found in zip(self._free, state_dict["free"], strict=True):
             free.copy_(found)
         self._adam.load_state_dict(state_dict["adam"])
+        self.param_groups = self._adam.param_groups

@@ -51,6 +51,7 @@ class GradientConfig:
 
     Attributes:
         lr: Learning rate of AdamW.
+        decay: The rate falls in a line to 0 over all updates, so that retained facts settle.
         epochs: Passes over the facts to forget.
         max_steps: Ends training after this many updates.
         batch_size: Facts to forget in one update.
@@ -106,6 +107,7 @@ class GradientConfig:
     """
 
     lr: float = 1e-4
+    decay: bool = False
     epochs: int = 5
     max_steps: int | None = None
     batch_size: int = 16
@@ -215,6 +217,7 @@ class GradientConfig:
 SHARED = frozenset(
     {
         "lr",
+        "decay",
         "epochs",
         "max_steps",
         "batch_size",

@@ -321,6 +321,9 @@ class UnlearningTrainer:
             self.adam.zero_grad()
             loss.backward()
             self.procedure.before_update(self)
+            if self.config.decay:
+                for group in self.adam.param_groups:
+                    group["lr"] = self.config.lr * (1 - number / len(self._plan))
             self.adam.step()
         # Its memory is as large as two models; the patch is made behind it.
         self.adam = None
