@@ -56,6 +56,8 @@ class GradientConfig:
         max_steps: Ends training after this many updates.
         batch_size: Facts to forget in one update.
         retain_batch: Retained facts beside them; as many as there are to forget without it. All are seen once before one comes again.
+        done_below: Facts whose answer is less likely than this are left out of an update, so that what is gone already is not pushed
+            further; ``None`` never. Not for methods that make several updates under one perturbation.
         weight_decay: Of AdamW.
         weights: What is trained: ``full`` (all), ``layers`` (everything in chosen blocks), ``mlp`` (the matrices of their MLPs),
             ``mlp_out`` (their down projections), ``lora`` (an adapter).
@@ -112,6 +114,7 @@ class GradientConfig:
     max_steps: int | None = None
     batch_size: int = 16
     retain_batch: int | None = None
+    done_below: float | None = None
     weight_decay: float = 0.01
     weights: str = "full"
     layers: tuple[int, ...] = ()
@@ -170,7 +173,15 @@ class GradientConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "epochs", "batch_size", "rank", "alpha", "forget_weight")
-        for name in ("max_steps", "retain_batch", "guard", "stop_above", "stop_known", "stop_retain"):
+        for name in (
+            "max_steps",
+            "retain_batch",
+            "done_below",
+            "guard",
+            "stop_above",
+            "stop_known",
+            "stop_retain",
+        ):
             if getattr(self, name) is not None:
                 check_positive(self, name)
         for name in ("weight_decay", "retain_weight", "beta", "saturation", "importance", "skip_first"):
@@ -221,6 +232,7 @@ SHARED = frozenset(
         "epochs",
         "max_steps",
         "batch_size",
+        "done_below",
         "weight_decay",
         "weights",
         "layers",

@@ -17,12 +17,13 @@ from editors.unlearning.guarded import GuardedAdam, Optimiser, damping
 from editors.unlearning.procedure import Answers, Procedure, Step
 from editors.unlearning.settings import GradientConfig
 from editors.unlearning.sides import Kind, Side, make_side
+from editors.unlearning.subjects import Subjects
 from editors.values import Progress
 from lab.arch import Role
 from lab.errors import NumericalError
 from lab.handle import ModelHandle
 from lab.records import Fact
-from lab.tokens import subject_span
+from lab.scoring import score_targets
 from lab.trace import Site, Write, trace
 from lab.training import Reference
 
@@ -101,7 +102,7 @@ class UnlearningTrainer:
         self.retained = Side([(config.form.replace("{}", fact.text), fact.object) for fact in self.retain])
         self.procedure = objective.procedure()
         self._plan = self._planned(generator)
-        self._spans: dict[tuple[str, str], range] = {}
+        self._subjects = Subjects(self.handle.tokenizer)
 
     def _planned(self, generator: torch.Generator) -> list[tuple[int, list[int], list[int]]]:
         """Of every update the pass, the facts to forget, and the retained ones beside them."""
@@ -207,34 +208,14 @@ class UnlearningTrainer:
         """
         side = self.sides[kind]
         if grad and self.config.tokens == "subject":
-            held = self._at_subjects(side, picked)
+            held = self._subjects.only(
+                [
+                    (side.pairs[place][0], self.forget[place // side.copies].subject)
+                    for place in side.places(picked)
+                ]
+            )
             writes = {**(writes or {}), **{Site(Role.MLP_OUT, layer): held for layer in self.config.layers}}
         return self._answers(side, picked, grad, reads, writes)
-
-    def _at_subjects(self, side: Side, picked: Sequence[int]) -> Write:
-        """A write that lets no gradient through but at the subjects' tokens; everywhere in prompts that do not name theirs."""
-        spans = [
-            self._span(side.pairs[place][0], self.forget[place // side.copies].subject)
-            for place in side.places(picked)
-        ]
-
-        def write(states: Tensor) -> Tensor:
-            free = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-            for row, span in enumerate(spans):
-                if span is None:
-                    free[row] = True
-                else:
-                    free[row, span.start : span.stop] = True
-            return torch.where(free[..., None], states, states.detach())
-
-        return write
-
-    def _span(self, prompt: str, subject: str) -> range | None:
-        if subject not in prompt:
-            return None
-        if (prompt, subject) not in self._spans:
-            self._spans[prompt, subject] = subject_span(self.handle.tokenizer, prompt, subject)
-        return self._spans[prompt, subject]
 
     def retained_answers(
         self, picked: Sequence[int], *, grad: bool = True, reads: Sequence[Site] = ()
@@ -305,6 +286,7 @@ class UnlearningTrainer:
                 self.procedure.begin_epoch(self, epoch)
                 last, chances = epoch, []
             picked, kept = self.procedure.choose(self, drawn, beside)
+            picked = self._unfinished(picked)
             if picked:
                 step = self.procedure.step(self, picked, kept)
                 history.append(_figures(step, len(history)))
@@ -379,6 +361,15 @@ class UnlearningTrainer:
         history += found["history"]
         chances += found["chances"]
         return found["done"]
+
+    def _unfinished(self, picked: Sequence[int]) -> Sequence[int]:
+        """Those facts that are still likelier than ``done_below``."""
+        limit = self.config.done_below
+        if limit is None or self.procedure.repeats > 1 or not picked:
+            return picked
+        pairs = [(self.forget[index].text, self.forget[index].object) for index in picked]
+        scores = score_targets(self.handle, pairs)
+        return [index for index, score in zip(picked, scores, strict=True) if score.probability >= limit]
 
     def _forgotten(self, chances: Sequence[float]) -> bool:
         limit = self.config.stop_known

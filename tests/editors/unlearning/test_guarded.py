@@ -7,8 +7,10 @@ import torch
 
 from editors.unlearning import get_unlearner
 from editors.unlearning.guarded import GuardedAdam, damping
+from editors.unlearning.trainer import UnlearningTrainer
 from lab.arch import Role
 from lab.errors import ConfigError, NumericalError
+from lab.patch import WeightPatch
 from lab.records import Fact
 from lab.scoring import score_targets
 from lab.tokens import subject_span
@@ -28,6 +30,13 @@ SETTINGS = {
     "stop_above": None,
     "stop_retain": None,
 }
+
+
+def changes_of(name, handle, **settings):
+    """The patch's changes by weight."""
+    patch = get_unlearner(name, **settings).unlearn(handle, FORGET, RETAIN)
+    assert isinstance(patch, WeightPatch)
+    return patch, {weight: delta.dense() for weight, delta in patch.deltas.items()}
 
 
 def test_directions_in_use_are_damped_and_free_ones_are_not():
@@ -69,9 +78,9 @@ def test_the_guard_spares_retained_facts_without_a_retain_term(family):
     moved = {}
     for guard in (None, 1e-4):
         settings = {**SETTINGS, "retain_weight": 1e-9, "guard": guard}
-        patch = get_unlearner("graddiff", **settings).unlearn(handle, FORGET, RETAIN)
-        assert set(patch.deltas) == {handle.weight(Role.MLP_OUT, 0).name}
-        [delta] = patch.deltas.values()
+        patch, deltas = changes_of("graddiff", handle, **settings)
+        assert set(deltas) == {handle.weight(Role.MLP_OUT, 0).name}
+        [delta] = deltas.values()
         with patch.scaled(1 / float(delta.norm())).applied(handle):
             after = [s.mean_logprob for s in score_targets(handle, pairs)]
         lost = [old - new for old, new in zip(before, after, strict=True)]
@@ -91,10 +100,10 @@ def test_without_retained_facts_the_guard_reads_general_text(tmp_path, monkeypat
 
     monkeypatch.setattr("editors.unlearning.gradient.GradientUnlearner._moments", moments)
     settings = {name: value for name, value in SETTINGS.items() if name != "stop_retain"}
-    patch = get_unlearner("catnip", **settings, guard=0.1).unlearn(handle, FORGET, RETAIN)
+    patch, deltas = changes_of("catnip", handle, **settings, guard=0.1)
     assert asked == [2]
     assert patch.provenance.extra["retained_facts"] == 0
-    assert all(float(delta.norm()) > 0 for delta in patch.deltas.values())
+    assert all(float(delta.norm()) > 0 for delta in deltas.values())
 
 
 def test_only_the_subjects_tokens_teach():
@@ -104,8 +113,7 @@ def test_only_the_subjects_tokens_teach():
     settings = {**SETTINGS, "lr": 1e-3, "epochs": 1, "retain_weight": 0.0}
     changes = {}
     for tokens in ("all", "subject"):
-        patch = get_unlearner("graddiff", **settings, tokens=tokens).unlearn(handle, FORGET, RETAIN)
-        changes[tokens] = next(iter(patch.deltas.values())).dense()
+        [changes[tokens]] = changes_of("graddiff", handle, **settings, tokens=tokens)[1].values()
     assert not torch.allclose(changes["all"], changes["subject"])
     # Adam's first step is the gradient's sign: neurons that are silent at the subject's tokens stay as they were.
     site = Site(Role.MLP_OUT, 0, "in")
@@ -141,18 +149,10 @@ def _slope_at(handle, fact, span):
 
 def test_a_falling_rate_moves_less():
     handle = tiny_handle("llama", layers=2, scale=1.5)
-    norms = {
-        decay: float(
-            next(
-                iter(
-                    get_unlearner("npo", **SETTINGS, decay=decay)
-                    .unlearn(handle, FORGET, RETAIN)
-                    .deltas.values()
-                )
-            ).norm()
-        )
-        for decay in (False, True)
-    }
+    norms = {}
+    for decay in (False, True):
+        [delta] = changes_of("npo", handle, **SETTINGS, decay=decay)[1].values()
+        norms[decay] = float(delta.norm())
     assert 0 < norms[True] < norms[False]
 
 
@@ -170,3 +170,26 @@ def test_a_falling_rate_moves_less():
 def test_settings_that_make_no_sense(settings):
     with pytest.raises(ConfigError):
         get_unlearner("npo", **settings)
+
+
+def test_facts_that_are_gone_are_left_out_of_updates(monkeypatch):
+    handle = tiny_handle("llama", layers=2, scale=1.5)
+    both = [*FORGET, Fact("France", "capital", "Paris", "The capital of {} is", id="capital/France")]
+    known = [
+        score.probability for score in score_targets(handle, [(fact.text, fact.object) for fact in both])
+    ]
+    seen = []
+    plain = UnlearningTrainer.answers
+
+    def watched(self, kind, picked, **options):
+        seen.append(list(picked))
+        return plain(self, kind, picked, **options)
+
+    monkeypatch.setattr(UnlearningTrainer, "answers", watched)
+    limit = sum(known) / 2  # one of the two lies below from the start
+    settings = {"lr": 1e-5, "epochs": 2, "stop_above": None, "done_below": limit}
+    patch = get_unlearner("ga", **settings).unlearn(handle, both)
+    assert seen == [[known.index(max(known))]] * 2
+    assert patch.provenance.extra["updates"] == 2
+    patch = get_unlearner("ga", **{**settings, "done_below": 0.999}).unlearn(handle, both)
+    assert patch.provenance.extra["updates"] == 0
