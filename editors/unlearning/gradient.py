@@ -7,11 +7,13 @@ once, before the first update, on that very model: there is no second one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from editors.base import check_layers
+from torch import Tensor
+
+from editors.base import EditorOptions, check_layers, key_stats
 from editors.lora import adapter
 from editors.tuning import plain_settings
 from editors.unlearning.base import Unlearner
@@ -24,6 +26,7 @@ from lab.errors import ConfigError, RequestError
 from lab.handle import ModelHandle
 from lab.patch import Provenance, WeightPatch, library_versions
 from lab.records import Fact
+from lab.stats import StatsCache
 from lab.training import fit
 
 
@@ -70,6 +73,7 @@ class GradientUnlearner:
             progress=progress,
             others=retain,
             checkpoint=self._checkpoint(handle, forget, retain),
+            moments=self._moments(handle, retain, progress),
         )
         if config.weights == "lora":
             lora = adapter(handle, config.modules, config.layers, config.rank, config.alpha, 0.0)
@@ -81,6 +85,20 @@ class GradientUnlearner:
         requests = tuple(fact.to_json() for fact in forget)
         made = Provenance(self.name, plain, requests, self.seed, library_versions(), trainer.notes)
         return replace(patch, provenance=made)
+
+    def _moments(
+        self, handle: ModelHandle, retain: Sequence[Fact], progress: Progress | None
+    ) -> Mapping[str, Tensor]:
+        """Of general text, where the guard cannot ask retained facts."""
+        config = self.config
+        reads = self.objective.retain is not None and config.retain_weight > 0 and bool(retain)
+        if config.guard is None or reads:
+            return {}
+        with handle.writing():
+            stats = key_stats(
+                handle, EditorOptions(self.name, stats=StatsCache(), corpus="auto"), config.layers, progress
+            )
+        return {handle.weight(Role.MLP_OUT, layer).name: each.moment for layer, each in stats.items()}
 
     def _checkpoint(
         self, handle: ModelHandle, forget: Sequence[Fact], retain: Sequence[Fact]

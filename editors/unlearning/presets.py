@@ -2,7 +2,8 @@
 
 Published rates are for models of billions of parameters. A model that the table knows takes its row's settings in place of a
 method's defaults; what the caller sets goes before both. A row's ``family`` tables hold for all methods of a family, each taking
-the settings that it has; a method's own table goes before its family's, or, with ``like``, before another method's.
+the settings that it has; a method's own table goes before its family's, or, with ``like``, before another method's (an empty name:
+before nothing).
 """
 
 from __future__ import annotations
@@ -53,8 +54,6 @@ def tuned_settings(handle: ModelHandle, method: str) -> dict[str, Any]:
 
 def _own(row: Mapping[str, Any], method: str, depth: int) -> dict[str, Any]:
     found = settings_in(row, method)
-    # TOML has no null: an empty text switches a limit off.
-    found = {name: None if value == "" else value for name, value in found.items()}
     if max(found.get("layers", ()), default=0) >= depth:
         raise ConfigError(
             f"the settings of {method!r} for {row['name']!r} train layers {found['layers']}, and the model has only {depth}; "
@@ -67,10 +66,13 @@ def settings_in(row: Mapping[str, Any], method: str) -> dict[str, Any]:
     """What a row of the table sets for a method: its own table over its family's, or over the one that it is ``like``."""
     own = dict(row.get(method, {}))
     if (other := own.pop("like", None)) is not None:
-        shared = settings_in(row, other)
+        shared = settings_in(row, other) if other else {}
     else:
         shared = row.get("family", {}).get(UNLEARNERS.get(method).family, {})
         if shared:
             known = getattr(get_unlearner(method), "settings", frozenset())
             shared = {name: value for name, value in shared.items() if name in known}
-    return {name: value for name, value in {**shared, **own}.items() if name != "source"}
+    # TOML has no null: an empty text switches a limit off.
+    return {
+        name: None if value == "" else value for name, value in {**shared, **own}.items() if name != "source"
+    }

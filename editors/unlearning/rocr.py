@@ -62,13 +62,15 @@ class RocrConfig:
         decoy: The other subject.
         refusal: See ``mode``.
         own_prompts: The facts' prompts are contexts too.
-        hold: How much the keys of the other facts' subjects, where such facts are given, count among those of earlier patches; the
-            paper reads no retained facts (0).
+        hold: How much the keys of other facts' subjects, where such facts are given, count among those of earlier patches, all
+            contexts of a subject together as one; the paper reads no retained facts (0).
         ridge: λ.
         threshold: Eigenvalues of the key statistics below this may be used; without it, the smallest that hold ``energy`` of them.
         energy: See ``threshold``.
         clamp: Of ``reject`` and ``noise``: how far from the subject's state the target may lie, in norms of that state.
         steps: Of ``reject``.
+        push: Of ``reject``: how many times the change that was found is wanted; where other forms of the facts outlast it.
+        searches: Of ``reject``: facts per subject whose changes are averaged; the paper takes one.
         corpus, stats: Text behind the key statistics, and where these are kept.
     """
 
@@ -82,12 +84,14 @@ class RocrConfig:
     threshold: float | None = None
     energy: float = 0.02
     clamp: float = 4.0
+    push: float = 1.0
+    searches: int = 1
     steps: int = 25
     corpus: str | Corpus = "auto"
     stats: StatsCache | None = None
 
     def __post_init__(self) -> None:
-        check_positive(self, "ridge", "energy", "clamp", "steps")
+        check_positive(self, "ridge", "energy", "clamp", "steps", "push", "searches")
         if self.mode not in ("unrelated", "reject", "noise"):
             raise ConfigError(f"unknown mode {self.mode!r}; use 'unrelated', 'reject' or 'noise'")
         if not self.energy < 1:
@@ -125,7 +129,7 @@ class RocrUnlearner:
             stats = key_stats(handle, editing, layers, progress)
             rows = [self._rows(handle, subject, forget) for subject in subjects]
             others = sorted({fact.subject for fact in retain} - set(subjects)) if config.hold else []
-            held = [self._rows(handle, subject, ()) for subject in others]
+            held = [self._rows(handle, subject, retain if config.own_prompts else ()) for subject in others]
             goal = self._targets(handle, subjects, rows, forget, layers[-1], progress)
             past = carried(
                 [entry.patch for entry in handle.applied if isinstance(entry.patch, WeightPatch)],
@@ -188,7 +192,9 @@ class RocrUnlearner:
             return []
         with temporarily(handle, deltas):
             keys = read_keys(handle, [row for each in rows for row in each], [layer])[layer].keys
-        return [math.sqrt(self.config.hold) * _mean(keys, rows).T]
+        # One factor of their second moment stands for them all: it has no more columns than keys have numbers.
+        values, vectors = torch.linalg.eigh(keys.T @ keys / len(rows[0]))
+        return [math.sqrt(self.config.hold) * vectors * values.clamp_min(0).sqrt()]
 
     def _targets(
         self,
@@ -207,14 +213,22 @@ class RocrUnlearner:
             state = read_sites(handle, row, [site], site)[site]
             return state.T.expand(-1, len(subjects))
         if config.mode == "reject":
-            first = {fact.subject: fact for fact in reversed(forget)}
-            requests = [EditRequest.from_fact(first[subject], config.refusal) for subject in subjects]
+            asked = [
+                fact
+                for subject in subjects
+                for fact in [each for each in forget if each.subject == subject][: config.searches]
+            ]
+            requests = [EditRequest.from_fact(fact, config.refusal) for fact in asked]
             search = ValueConfig(steps=config.steps, lr=0.1, kl_factor=0.125, clamp=config.clamp)
             found = optimise_value(
                 handle, requests, layer, Role.BLOCK, Prefixes.of([]), search, progress=progress
             )
             # The search runs in the fact's own prompt; the change, and not the place, is what other contexts share.
-            change = torch.stack([value.delta.to("cpu", torch.float64) for value in found], dim=1)
+            changes = torch.stack([value.delta.to("cpu", torch.float64) for value in found])
+            places = [
+                [place for place, fact in enumerate(asked) if fact.subject == name] for name in subjects
+            ]
+            change = config.push * torch.stack([changes[own].mean(0) for own in places], dim=1)
             return read_sites(handle, [each[0] for each in rows], [site], site)[site].T + change
         state = read_sites(handle, [each[0] for each in rows], [site], site)[site].T
         noise = torch.randn(

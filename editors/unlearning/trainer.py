@@ -13,13 +13,17 @@ from torch import Tensor
 from editors.tuning import TargetLines, target_lines
 from editors.unlearning import losses, state_losses
 from editors.unlearning.checkpoint import Checkpoint, copied
+from editors.unlearning.guarded import GuardedAdam, Optimiser, damping
 from editors.unlearning.procedure import Answers, Procedure, Step
 from editors.unlearning.settings import GradientConfig
 from editors.unlearning.sides import Kind, Side, make_side
+from editors.unlearning.subjects import Subjects
 from editors.values import Progress
+from lab.arch import Role
 from lab.errors import NumericalError
 from lab.handle import ModelHandle
 from lab.records import Fact
+from lab.scoring import score_targets
 from lab.trace import Site, Write, trace
 from lab.training import Reference
 
@@ -67,6 +71,7 @@ class UnlearningTrainer:
         progress: Told about every update.
         others: Facts whose answers may stand for those of facts to forget.
         checkpoint: Keeps the state after every pass, and is gone on from.
+        moments: For ``guard`` without retained facts, second moments of keys by the name of the down projection.
         notes: Every update's terms, and why training ended early, if it did.
         adam: The optimiser, from the first pass on.
     """
@@ -80,8 +85,9 @@ class UnlearningTrainer:
     progress: Progress | None = None
     others: Sequence[Fact] = ()
     checkpoint: Checkpoint | None = None
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
-    adam: torch.optim.Optimizer | None = None
+    adam: Optimiser | None = None
 
     def __post_init__(self) -> None:
         config, objective = self.config, self.objective
@@ -96,6 +102,7 @@ class UnlearningTrainer:
         self.retained = Side([(config.form.replace("{}", fact.text), fact.object) for fact in self.retain])
         self.procedure = objective.procedure()
         self._plan = self._planned(generator)
+        self._subjects = Subjects(self.handle.tokenizer)
 
     def _planned(self, generator: torch.Generator) -> list[tuple[int, list[int], list[int]]]:
         """Of every update the pass, the facts to forget, and the retained ones beside them."""
@@ -124,7 +131,28 @@ class UnlearningTrainer:
             drawn = sorted({index for _, _, beside in self._plan for index in beside})
             self.remember(self.retained, drawn, table=objective.retain in ("kl", "pull"))
             self.procedure.prepare(self)
+            if self.config.guard is not None:
+                self._factors = {
+                    name: damping(moment, self.config.guard) for name, moment in self._moments(drawn).items()
+                }
         return self
+
+    def _moments(self, drawn: Sequence[int]) -> Mapping[str, Tensor]:
+        """Second moments of what the trained down projections read in retained facts, by name; else those that were given."""
+        if not drawn:
+            return self.moments
+        sites = {
+            self.handle.weight(Role.MLP_OUT, layer).name: Site(Role.MLP_OUT, layer, "in")
+            for layer in self.config.layers
+        }
+        sums: dict[str, Tensor] = {}
+        size = 4 * self.config.batch_size
+        for start in range(0, len(drawn), size):
+            found = self.retained_answers(drawn[start : start + size], grad=False, reads=list(sites.values()))
+            for name, site in sites.items():
+                keys = found.states[site][found.real].double()
+                sums[name] = sums.get(name, 0) + keys.T @ keys
+        return sums
 
     def remember(self, side: Side, facts: Sequence[int], *, table: bool = False) -> None:
         """Keeps what the model says now about some facts' texts, with whole distributions where asked for."""
@@ -178,7 +206,16 @@ class UnlearningTrainer:
             grad: Whether gradients are wanted.
             reads, writes: Hidden states to keep and to change, as in ``lab.trace.trace``.
         """
-        return self._answers(self.sides[kind], picked, grad, reads, writes)
+        side = self.sides[kind]
+        if grad and self.config.tokens == "subject":
+            held = self._subjects.only(
+                [
+                    (side.pairs[place][0], self.forget[place // side.copies].subject)
+                    for place in side.places(picked)
+                ]
+            )
+            writes = {**(writes or {}), **{Site(Role.MLP_OUT, layer): held for layer in self.config.layers}}
+        return self._answers(side, picked, grad, reads, writes)
 
     def retained_answers(
         self, picked: Sequence[int], *, grad: bool = True, reads: Sequence[Site] = ()
@@ -212,9 +249,17 @@ class UnlearningTrainer:
 
     def restart(self) -> None:
         """A fresh optimiser, without memory of earlier updates."""
-        parameters = [parameter for parameter in self.handle.model.parameters() if parameter.requires_grad]
-        config = self.config
-        self.adam = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        config, parameters = self.config, self._trained()
+        if config.guard is None:
+            self.adam = torch.optim.AdamW(parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
+            return
+        weights = [self.handle.named_weight(name) for name in parameters]
+        self.adam = GuardedAdam(
+            [weight.parameter for weight in weights],
+            [self._factors[weight.name] for weight in weights],
+            [weight.transposed for weight in weights],
+            config.lr,
+        )
 
     @torch.enable_grad()
     def train(self) -> None:
@@ -241,6 +286,7 @@ class UnlearningTrainer:
                 self.procedure.begin_epoch(self, epoch)
                 last, chances = epoch, []
             picked, kept = self.procedure.choose(self, drawn, beside)
+            picked = self._unfinished(picked)
             if picked:
                 step = self.procedure.step(self, picked, kept)
                 history.append(_figures(step, len(history)))
@@ -257,6 +303,9 @@ class UnlearningTrainer:
             self.adam.zero_grad()
             loss.backward()
             self.procedure.before_update(self)
+            if self.config.decay:
+                for group in self.adam.param_groups:
+                    group["lr"] = self.config.lr * (1 - number / len(self._plan))
             self.adam.step()
         # Its memory is as large as two models; the patch is made behind it.
         self.adam = None
@@ -312,6 +361,15 @@ class UnlearningTrainer:
         history += found["history"]
         chances += found["chances"]
         return found["done"]
+
+    def _unfinished(self, picked: Sequence[int]) -> Sequence[int]:
+        """Those facts that are still likelier than ``done_below``."""
+        limit = self.config.done_below
+        if limit is None or self.procedure.repeats > 1 or not picked:
+            return picked
+        pairs = [(self.forget[index].text, self.forget[index].object) for index in picked]
+        scores = score_targets(self.handle, pairs)
+        return [index for index, score in zip(picked, scores, strict=True) if score.probability >= limit]
 
     def _forgotten(self, chances: Sequence[float]) -> bool:
         limit = self.config.stop_known

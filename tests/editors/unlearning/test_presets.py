@@ -26,7 +26,7 @@ def test_every_section_is_a_methods_and_says_where_it_comes_from(name, method, n
     [row] = [row for row in read_unlearning_table() if row["name"] == name]
     assert row[method]["source"]
     chosen = tuned_settings(named, method)
-    assert chosen and "source" not in chosen
+    assert chosen and not {"source", "like"} & set(chosen)
     get_unlearner(method, **chosen)  # refuses settings that it does not take
 
 
@@ -63,9 +63,11 @@ def test_a_method_goes_before_its_family_or_before_another_method(named, monkeyp
         "family": {"parameter optimisation": {"source": "s", "lr": 0.5, "retain_batch": 8}},
         "npo": {"source": "s", "beta": 0.7, "lr": 0.25},
         "ignore_k": {"source": "s", "like": "npo", "beta": 0.9},
+        "klue": {"source": "s", "like": "", "lr": 0.125},
     }
     monkeypatch.setattr("editors.unlearning.presets.read_unlearning_table", lambda: (row,))
     assert tuned_settings(named, "npo") == {"lr": 0.25, "retain_batch": 8, "beta": 0.7}
     assert tuned_settings(named, "ignore_k") == {"lr": 0.25, "retain_batch": 8, "beta": 0.9}
+    assert tuned_settings(named, "klue") == {"lr": 0.125}
     assert tuned_settings(named, "ga") == {"lr": 0.5}  # it has no retained facts
     assert tuned_settings(named, "rocr") == {}

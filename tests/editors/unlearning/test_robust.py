@@ -198,6 +198,36 @@ def test_rocr_sends_a_subject_to_its_decoy(tmp_path):
         get_unlearner("rocr", mode="far")
 
 
+def test_rocr_holds_other_subjects_and_pushes_further(tmp_path):
+    handle = tiny_handle("gpt2", layers=2, dtype=torch.float64)
+    text = "The capital of France is Paris and the wife of Barack Obama is in the city of Rome. " * 30
+    (tmp_path / "corpus.txt").write_text(text)
+    resources = {"stats": StatsCache(tmp_path / "s"), "corpus": Corpus(str(tmp_path / "corpus.txt"), 400)}
+    site = Site(Role.BLOCK, 1)
+
+    def moved(**settings):
+        made = get_unlearner(
+            "rocr", layers=(1,), ridge=1e-6, energy=0.9999, mode="reject", steps=5, **settings, **resources
+        )
+        patch = made.unlearn(handle, FORGET, RETAIN)
+        found = []
+        for subject in (FORGET[0].subject, RETAIN[0].subject):
+            rows = request_rows(handle, EditRequest("x", CONTEXTS[1], subject, "it"), ["{}"])
+            before = read_sites(handle, rows, [site], site)[site]
+            with patch.applied(handle):
+                found.append(float((read_sites(handle, rows, [site], site)[site] - before).norm()))
+        return found, patch
+
+    (free, free_other), _ = moved()
+    (held, held_other), patch = moved(hold=10.0)
+    assert held_other / held < 0.5 * free_other / free
+    assert patch.provenance.extra["held_subjects"] == len({fact.subject for fact in RETAIN})
+    (pushed, _), _ = moved(push=3.0, searches=2)
+    assert pushed > 1.5 * free
+    with pytest.raises(ConfigError, match="hold"):
+        get_unlearner("rocr", hold=-1.0)
+
+
 def test_needle_changes_the_columns_it_names():
     patch = patch_of("needle", columns=2, candidates=4, mode="zero")
     named = {(each["layer"], each["column"]) for each in patch.provenance.extra["columns"]}
