@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,9 @@ from lab.cli.cells import CELLS, read_cell, write_cell
 from lab.cli.output import check_out, console, document, progress, table, write_json
 from lab.errors import ConfigError, KnowLabError
 
+if TYPE_CHECKING:
+    from lab.handle import ModelHandle
+
 app = typer.Typer()
 # Other floors have a group of this name; the root joins them.
 bench = typer.Typer(help="Comparisons over many runs.", no_args_is_help=True)
@@ -19,12 +23,13 @@ app.add_typer(bench, name="bench")
 
 COMMAND = "bench preference"
 BENCH_PANEL = "Comparison"
-ALL = "base,faithful,con,cad,adacad,coiecd,ck_plug,parammute,sft,context_dpo,knowpo,dta,hierarchy,trust"
+ALL = "base,faithful,con,cad,adacad,coiecd,ck_plug,parammute,sft,context_dpo,knowpo,knowpo_no_rewrite,knowpo_no_ratio,dta,hierarchy,trust"
 
 _HELP = """Compare ways of choosing between documents and memory: adherence, robustness, their errors, and seconds.
 
 Prompts (base, faithful, con), decoding rules (cad, adacad, coiecd, ck_plug, parammute) and adapters that are trained first (sft,
-context_dpo, knowpo, dta, hierarchy, trust) answer the very same contexts; every two are compared by a paired test.
+context_dpo, knowpo, dta, hierarchy, trust) answer the very same contexts; every two are compared by a paired test. sft sees what
+knowpo prefers, in as many tokens; knowpo_no_rewrite and knowpo_no_ratio lack a step of it.
 
 Writes bench.json, .md and .html into --out. Each finished run is kept in --out/cells; the same command goes on where it was
 interrupted.
@@ -32,6 +37,8 @@ interrupted.
 Examples:
 
     knowlab bench preference --methods base,cad,knowpo --limit 100 --out results/preference
+
+    knowlab bench preference --methods base,sft,knowpo --difficulty hard --seed 0 --seed 1 --seed 2 --out results/hard
 
     knowlab bench preference --methods base,knowpo --adapter knowpo=results/knowpo --data squad.json --out results/squad
 """
@@ -55,6 +62,44 @@ def bench_preference(
             rich_help_panel=BENCH_PANEL,
         ),
     ] = "atlas",
+    difficulty: Annotated[
+        str,
+        typer.Option(
+            "--difficulty",
+            help="plain; hard: more documents, all hard, in wordings that nothing was trained on.",
+            rich_help_panel=BENCH_PANEL,
+        ),
+    ] = "plain",
+    split: Annotated[
+        str,
+        typer.Option(
+            "--split",
+            help="test; held: a part of the facts for tuning that nothing is trained on, to choose settings by.",
+            rich_help_panel=BENCH_PANEL,
+        ),
+    ] = "test",
+    suites: Annotated[
+        str,
+        typer.Option(
+            "--suites",
+            help="What is measured besides, with commas between: trust, hierarchy, edits (those that the model carries).",
+            rich_help_panel=BENCH_PANEL,
+            show_default=False,
+        ),
+    ] = "",
+    edits: Annotated[
+        int,
+        typer.Option(
+            "--edits",
+            min=0,
+            help="Edits of the built-in world's test facts that are made first, over which adapters are trained.",
+            rich_help_panel=BENCH_PANEL,
+        ),
+    ] = 0,
+    editor: Annotated[
+        str,
+        typer.Option("--editor", help="The method that makes them.", rich_help_panel=BENCH_PANEL),
+    ] = "memit",
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,6 +117,15 @@ def bench_preference(
         int | None,
         typer.Option(
             "--max-steps", min=1, help="Ends each of SFT and DPO early.", rich_help_panel=BENCH_PANEL
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="NAME=VALUE: a setting of training that replaces the preset's; repeatable.",
+            rich_help_panel=BENCH_PANEL,
+            show_default=False,
         ),
     ] = None,
     samples: Annotated[
@@ -107,7 +161,6 @@ def bench_preference(
     from lab.cli.session import open_model
     from rag.preference.bench import PreferenceBench, PreferenceWorkshop, cell_name, check_ways
     from rag.preference.bench_report import PreferenceComparison
-    from rag.preference.train import TrainConfig
 
     names = check_ways(opt.comma_list(methods))
     adapters = dict(_adapter(word) for word in adapter or ())
@@ -116,13 +169,18 @@ def bench_preference(
     options = PreferenceBench(
         data=data,
         train_data=train_data,
+        split=split,
+        difficulty=difficulty,
+        suites=tuple(opt.comma_list(suites)) if suites else (),
         limit=limit or 100,
         train_limit=train_limit,
         samples=samples,
         adapters=adapters,
     )
-    training = TrainConfig(max_steps=max_steps)
+    training = {**_settings(settings), "max_steps": max_steps}
     handle = open_model(model, patch, device=device, dtype=dtype)
+    if edits:
+        _edited(handle, editor, edits, seeds[0], out / "edits")
     plan = [(name, one) for one in seeds for name in names]
     files = {cell: out / CELLS / cell_name(handle, cell[0], options, training, cell[1]) for cell in plan}
     cells: dict[tuple[str, int], dict[str, Any]] = {
@@ -143,6 +201,8 @@ def bench_preference(
     found = PreferenceComparison.of([cells[cell] for cell in plan], f"{data} asked of {model}")
     screen = console(json)
     screen.print(table("Documents or memory", *found.table()))
+    if found.further()[1]:
+        screen.print(table("Trust, hierarchy and edits", *found.further()))
     if found.pairs:
         screen.print(table("Paired tests", *found.tests()))
     content = found.to_json() | {"model": model, "data": data, "seeds": seeds, "kept": kept, "out": out}
@@ -154,6 +214,30 @@ def bench_preference(
         typer.echo(f"error: {row['method']}, seed {row['seed']}: {row['error']}", err=True)
     if found.failed:
         raise typer.Exit(1)
+
+
+def _edited(handle: ModelHandle, method: str, count: int, seed: int, folder: Path) -> None:
+    """Makes the edits, or takes those that were made before, and applies them for good."""
+    from lab.patch_io import load_saved
+    from rag.preference.edited import world_edits
+
+    place = folder / f"{method}-{count}-{seed}-{handle.state[:12]}"
+    if not (place / "patch.json").is_file():
+        world_edits(handle, method, count, seed=seed).save(place)
+    load_saved(place).apply(handle)
+
+
+def _settings(words: list[str] | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for word in words or ():
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--set takes name=value, not {word!r}")
+        try:
+            found[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = text
+    return found
 
 
 def _adapter(word: str) -> tuple[str, str]:

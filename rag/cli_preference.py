@@ -69,7 +69,7 @@ def train(
             min=0.01,
             help="Passes over the data.",
             rich_help_panel=TRAIN_PANEL,
-            show_default="2 for SFT, 1 for DPO",
+            show_default="the preset's, or 2 for SFT and 1 for DPO",
         ),
     ] = None,
     lr: Annotated[
@@ -79,24 +79,58 @@ def train(
             min=0,
             help="Learning rate of the preference step.",
             rich_help_panel=TRAIN_PANEL,
-            show_default="2e-5",
+            show_default="the preset's, or 2e-5",
         ),
     ] = None,
     sft_lr: Annotated[
         float | None,
         typer.Option(
-            "--sft-lr", min=0, help="That of SFT.", rich_help_panel=TRAIN_PANEL, show_default="1e-4"
+            "--sft-lr",
+            min=0,
+            help="That of SFT.",
+            rich_help_panel=TRAIN_PANEL,
+            show_default="the preset's, or 1e-4",
         ),
     ] = None,
     beta: Annotated[
-        float, typer.Option("--beta", min=0, help="DPO's beta.", rich_help_panel=TRAIN_PANEL)
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            "--beta",
+            min=0,
+            help="Beta of the preference step.",
+            rich_help_panel=TRAIN_PANEL,
+            show_default="the preset's, or 0.1",
+        ),
+    ] = None,
     rank: Annotated[
-        int, typer.Option("--rank", min=1, help="Rank of the adapter.", rich_help_panel=TRAIN_PANEL)
-    ] = 16,
+        int | None,
+        typer.Option(
+            "--rank",
+            min=1,
+            help="Rank of the adapter.",
+            rich_help_panel=TRAIN_PANEL,
+            show_default="the preset's, or 16",
+        ),
+    ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Rows in a step.", rich_help_panel=TRAIN_PANEL)
-    ] = 8,
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Rows in a step.",
+            rich_help_panel=TRAIN_PANEL,
+            show_default="the preset's, or 8",
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            "--objective",
+            help="Of the preference step: dpo, kto, orpo, simpo.",
+            rich_help_panel=TRAIN_PANEL,
+            show_default="dpo",
+        ),
+    ] = None,
     samples: Annotated[
         int,
         typer.Option(
@@ -161,21 +195,23 @@ def train(
     from rag.preference.bundle import save_bundle
     from rag.preference.knowpo import KnowPOConfig
     from rag.preference.prepare import ready_data
-    from rag.preference.train import TrainConfig, train_preference
+    from rag.preference.presets import train_config
+    from rag.preference.train import train_preference
 
     handle = open_model(model, patch, device=device, dtype=dtype)
     settings = KnowPOConfig(samples=samples, total=total, rewrite=rewrite, balanced=balance)
     ready = ready_data(handle, method.value, data, config=settings, limit=limit, seed=seed)
-    default = TrainConfig()
-    config = TrainConfig(
+    config = train_config(
+        handle,
+        method.value,
         rank=rank,
-        alpha=2 * rank,
-        sft_lr=default.sft_lr if sft_lr is None else sft_lr,
-        dpo_lr=default.dpo_lr if lr is None else lr,
-        sft_epochs=epochs or default.sft_epochs,
-        dpo_epochs=epochs or default.dpo_epochs,
+        sft_lr=sft_lr,
+        dpo_lr=lr,
+        sft_epochs=epochs,
+        dpo_epochs=epochs,
         beta=beta,
         batch_size=batch_size,
+        objective=objective,
         max_steps=max_steps,
     )
     with progress() as advance:

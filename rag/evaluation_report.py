@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lab.eval import html, render
-from rag.evaluation import DIAL, METRICS, Cell, Row, figures, never_falls
+from rag.evaluation import DIAL, METRICS, Cell, Row, figures, gain, never_falls
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Found = Mapping[Cell, Sequence[Row]]
+PLAIN = "direct"
 HEADS = ("condition", "reader", "decoding", "n", *METRICS)
 
 
@@ -37,6 +39,20 @@ def to_json(found: Found) -> list[dict[str, Any]]:
             "metrics": {name: value.to_json() for name, value in figures(cell.condition, rows).items()},
         }
         for cell, rows in found.items()
+    ]
+
+
+def gains(found: Found) -> list[dict[str, Any]]:
+    """What every other reader gains over ``direct``, by condition and rule: ``{mean, low, high, n}`` of paired accuracy."""
+    return [
+        {
+            "condition": cell.condition,
+            "reader": cell.reader,
+            "decoding": cell.decoding,
+            "gain": gain(found[plain], rows).to_json(),
+        }
+        for cell, rows in found.items()
+        if cell.reader != PLAIN and (plain := replace(cell, reader=PLAIN)) in found
     ]
 
 

@@ -38,6 +38,16 @@ def edit_maker(handle: ModelHandle, method: str, fact: Fact, new: str, *, seed: 
     return lambda: editor.edit(handle, [EditRequest.from_fact(fact, new)])
 
 
+def batch_maker(handle: ModelHandle, method: str, requests: Sequence[EditRequest], *, seed: int = 0) -> Maker:
+    """Computes one patch for many edits when it is called.
+
+    Raises:
+        UnknownNameError: No such editor.
+    """
+    editor = _offered("editors", "get_editor")(method, seed=seed)
+    return lambda: editor.edit(handle, list(requests))
+
+
 def forget_maker(
     handle: ModelHandle, method: str, fact: Fact, *, retain: Sequence[Fact] = (), seed: int = 0
 ) -> Maker:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
@@ -17,7 +17,16 @@ from typing import Any
 from lab.data import Row, read_rows
 from lab.data.text import distinct
 from lab.errors import DataError
-from rag.ledger.conflicts import mentions
+from rag.preference.match import says
+
+__all__ = [
+    "FileQuestion",
+    "conflictqa_question",
+    "read_questions",
+    "realtimeqa_question",
+    "rgb_question",
+    "says",
+]
 
 _TAG = re.compile(r"<[^>]*>")
 _YES = {"True": ("True", "yes"), "False": ("False", "no")}
@@ -40,13 +49,6 @@ class FileQuestion:
     answers: tuple[str, ...]
     relevant: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
-
-
-def says(text: str, answers: Sequence[str]) -> bool:
-    """Whether a text holds one of the answers as words in a row; in scripts without blanks, as it stands."""
-    if mentions(text, answers):
-        return True
-    return any(not answer.isascii() and answer.casefold() in text.casefold() for answer in answers)
 
 
 def read_questions(file: str | Path) -> tuple[str, list[FileQuestion]]:
@@ -96,7 +98,8 @@ def _texts(value: Any) -> list[str]:
     return [" ".join(value.split())] if isinstance(value, str) and value.strip() else []
 
 
-def _rgb(row: Row, number: str) -> FileQuestion:
+def rgb_question(row: Row, number: str) -> FileQuestion:
+    """A row of RGB."""
     value = row.value
     others = [*_texts(value.get("positive_wrong")), *_texts(value.get("negative"))]
     return FileQuestion(
@@ -108,7 +111,8 @@ def _rgb(row: Row, number: str) -> FileQuestion:
     )
 
 
-def _conflictqa(row: Row, number: str) -> FileQuestion:
+def conflictqa_question(row: Row, number: str) -> FileQuestion:
+    """A row of ConflictQA; a yes-or-no answer is right as ``True`` and as ``yes``."""
     truth = _texts(row.value["ground_truth"])
     answers = [answer for each in truth for answer in _YES.get(each, (each,))]
     evidence = [*_texts(row.value["parametric_memory_aligned_evidence"])]
@@ -116,7 +120,8 @@ def _conflictqa(row: Row, number: str) -> FileQuestion:
     return FileQuestion(number, _text(row, "question"), distinct(answers), distinct(evidence))
 
 
-def _realtimeqa(row: Row, number: str) -> FileQuestion:
+def realtimeqa_question(row: Row, number: str) -> FileQuestion:
+    """A row of RealTimeQA."""
     choices, chosen = _texts(row.value["choices"]), _texts(row.value["answer"])
     try:
         answers = [choices[int(place)] for place in chosen]
@@ -156,7 +161,7 @@ def _nq_synth(row: Row, number: str) -> FileQuestion:
 
 
 _FORMATS: Mapping[str, tuple[frozenset[str], Callable[[Row, str], FileQuestion]]] = {
-    "rgb": (frozenset({"query", "answer", "positive"}), _rgb),
+    "rgb": (frozenset({"query", "answer", "positive"}), rgb_question),
     "conflictqa": (
         frozenset(
             {
@@ -166,9 +171,9 @@ _FORMATS: Mapping[str, tuple[frozenset[str], Callable[[Row, str], FileQuestion]]
                 "counter_memory_aligned_evidence",
             }
         ),
-        _conflictqa,
+        conflictqa_question,
     ),
-    "realtimeqa": (frozenset({"question_sentence", "choices", "answer"}), _realtimeqa),
+    "realtimeqa": (frozenset({"question_sentence", "choices", "answer"}), realtimeqa_question),
     "nq_synth": (frozenset({"context_string", "gold_answers"}), _nq_synth),
     "questions": (frozenset({"question", "answers"}), _open),
 }

@@ -1,7 +1,8 @@
 """Settings of unlearning methods for models on which they were tuned, from ``presets.toml`` beside this file.
 
 Published rates are for models of billions of parameters. A model that the table knows takes its row's settings in place of a
-method's defaults; what the caller sets goes before both.
+method's defaults; what the caller sets goes before both. A row's ``family`` tables hold for all methods of a family, each taking
+the settings that it has; a method's own table goes before its family's, or, with ``like``, before another method's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from editors.presets import CONFIG_FIELD, shape_of
+from editors.unlearning.base import UNLEARNERS, get_unlearner
 from lab.errors import ConfigError
 from lab.handle import ModelHandle
 
@@ -50,7 +52,7 @@ def tuned_settings(handle: ModelHandle, method: str) -> dict[str, Any]:
 
 
 def _own(row: Mapping[str, Any], method: str, depth: int) -> dict[str, Any]:
-    found = {name: value for name, value in row.get(method, {}).items() if name != "source"}
+    found = settings_in(row, method)
     # TOML has no null: an empty text switches a limit off.
     found = {name: None if value == "" else value for name, value in found.items()}
     if max(found.get("layers", ()), default=0) >= depth:
@@ -59,3 +61,16 @@ def _own(row: Mapping[str, Any], method: str, depth: int) -> dict[str, Any]:
             "set layers"
         )
     return found
+
+
+def settings_in(row: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """What a row of the table sets for a method: its own table over its family's, or over the one that it is ``like``."""
+    own = dict(row.get(method, {}))
+    if (other := own.pop("like", None)) is not None:
+        shared = settings_in(row, other)
+    else:
+        shared = row.get("family", {}).get(UNLEARNERS.get(method).family, {})
+        if shared:
+            known = getattr(get_unlearner(method), "settings", frozenset())
+            shared = {name: value for name, value in shared.items() if name in known}
+    return {name: value for name, value in {**shared, **own}.items() if name != "source"}

@@ -8,7 +8,8 @@ earlier patches that are applied. It is AlphaEdit's equation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,6 +62,8 @@ class RocrConfig:
         decoy: The other subject.
         refusal: See ``mode``.
         own_prompts: The facts' prompts are contexts too.
+        hold: How much the keys of the other facts' subjects, where such facts are given, count among those of earlier patches; the
+            paper reads no retained facts (0).
         ridge: λ.
         threshold: Eigenvalues of the key statistics below this may be used; without it, the smallest that hold ``energy`` of them.
         energy: See ``threshold``.
@@ -74,6 +77,7 @@ class RocrConfig:
     decoy: str = ""
     refusal: str = "unknown"
     own_prompts: bool = True
+    hold: float = 0.0
     ridge: float = 1.0
     threshold: float | None = None
     energy: float = 0.02
@@ -88,6 +92,8 @@ class RocrConfig:
             raise ConfigError(f"unknown mode {self.mode!r}; use 'unrelated', 'reject' or 'noise'")
         if not self.energy < 1:
             raise ConfigError(f"energy must lie in (0, 1), it is {self.energy}")
+        if not self.hold >= 0:
+            raise ConfigError(f"hold must not be negative, it is {self.hold}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class RocrUnlearner:
         *,
         progress: Progress | None = None,
     ) -> WeightPatch:
-        """One low-rank patch for all subjects; retained facts are not read. See ``Unlearner.unlearn``."""
+        """One low-rank patch for all subjects; retained facts are read for ``hold`` alone. See ``Unlearner.unlearn``."""
         config = self.config
         check_facts(self.options.name, forget, retain)
         layers = config.layers or default_layers(handle)
@@ -118,6 +124,8 @@ class RocrUnlearner:
             )
             stats = key_stats(handle, editing, layers, progress)
             rows = [self._rows(handle, subject, forget) for subject in subjects]
+            others = sorted({fact.subject for fact in retain} - set(subjects)) if config.hold else []
+            held = [self._rows(handle, subject, ()) for subject in others]
             goal = self._targets(handle, subjects, rows, forget, layers[-1], progress)
             past = carried(
                 [entry.patch for entry in handle.applied if isinstance(entry.patch, WeightPatch)],
@@ -137,6 +145,7 @@ class RocrUnlearner:
                 projector = usable(stats[layer], config)
                 name = f"layer {layer}"
                 earlier = [carry.tensors[name].double() for carry in past if name in carry.tensors]
+                earlier += self._held(handle, held, layer, deltas)
                 known = torch.cat(earlier, dim=1) if earlier else keys[:, :0]
                 left, right = null_space_factors(
                     projector, keys, missing / (len(layers) - index), known, config.ridge
@@ -149,7 +158,12 @@ class RocrUnlearner:
                 )  # fmt: skip
                 if progress is not None:
                     progress("layers", index + 1, len(layers))
-        extra = {"layers": notes, "subjects": subjects, "statistics": stats_note(stats)}
+        extra = {
+            "layers": notes,
+            "subjects": subjects,
+            "held_subjects": len(others),
+            "statistics": stats_note(stats),
+        }
         provenance = origin(self.options, {**told(config), "layers": list(layers)}, forget, extra)
         made = weight_patch(handle, deltas, provenance)
         return WeightPatch(made.base, made.deltas, provenance, made.parents, (Carry(KIND, keys_of),))
@@ -161,6 +175,20 @@ class RocrUnlearner:
             for template in (*CONTEXTS, *own)
             for row in request_rows(handle, EditRequest(subject, template, subject, "it"), ["{}"])
         ]
+
+    def _held(
+        self,
+        handle: ModelHandle,
+        rows: Sequence[Sequence[EditRow]],
+        layer: int,
+        deltas: Mapping[str, LowRank],
+    ) -> list[Tensor]:
+        """Mean keys of subjects that should stay, ``[in, subject]``, weighted; none without rows."""
+        if not rows:
+            return []
+        with temporarily(handle, deltas):
+            keys = read_keys(handle, [row for each in rows for row in each], [layer])[layer].keys
+        return [math.sqrt(self.config.hold) * _mean(keys, rows).T]
 
     def _targets(
         self,

@@ -8,7 +8,8 @@ from editors.lora import MODULES
 from editors.tuning import check_positive
 from lab.errors import ConfigError
 
-WEIGHTS = ("full", "layers", "lora")
+IN_LAYERS = ("layers", "mlp", "mlp_out")
+WEIGHTS = ("full", *IN_LAYERS, "lora")
 TEACHERS = ("prefix", "masked")
 
 REFUSALS = (
@@ -51,15 +52,20 @@ class GradientConfig:
         lr: Learning rate of AdamW.
         epochs: Passes over the facts to forget.
         max_steps: Ends training after this many updates.
-        batch_size: Facts to forget in one update; as many retained ones are drawn beside them.
+        batch_size: Facts to forget in one update.
+        retain_batch: Retained facts beside them; as many as there are to forget without it. All are seen once before one comes again.
         weight_decay: Of AdamW.
-        weights: What is trained: ``full`` (all), ``layers`` (everything in chosen blocks), ``lora`` (an adapter).
-        layers: The blocks for ``layers``, and for ``lora`` (all without any).
+        weights: What is trained: ``full`` (all), ``layers`` (everything in chosen blocks), ``mlp`` (the matrices of their MLPs),
+            ``mlp_out`` (their down projections), ``lora`` (an adapter).
+        layers: The blocks for ``layers``, ``mlp`` and ``mlp_out``, and for ``lora`` (all without any).
         modules, rank, alpha: Of the adapter, as in the editor ``lora``.
+        spill: The untouched bits of what is trained wait in temporary files instead of in memory (not with an adapter, which has
+            none).
         forget_weight: γ.
         retain_weight: α; the retain term exists where retained facts are given.
         stop_above: Training ends when a batch's mean token loss on facts to forget exceeds this many times ln(vocabulary),
             that is, when they are less likely than a uniform guess; ``None`` never.
+        stop_known: Training ends after a pass in which facts to forget had on average less than this probability; ``None`` never.
         stop_retain: Training ends when a batch of retained facts has lost more than this many nats per token; ``None`` never.
         beta: β of ``npo``, ``npo_mean``, ``simnpo``, ``dpo``, ``altpo``, ``wga``, ``undial``, ``catnip``, ``adv_npo``.
         margin: δ of ``simnpo``.
@@ -98,15 +104,18 @@ class GradientConfig:
     epochs: int = 5
     max_steps: int | None = None
     batch_size: int = 16
+    retain_batch: int | None = None
     weight_decay: float = 0.01
     weights: str = "full"
     layers: tuple[int, ...] = ()
     modules: str = "mlp"
     rank: int = 8
     alpha: float = 16.0
+    spill: bool = False
     forget_weight: float = 1.0
     retain_weight: float = 1.0
     stop_above: float | None = 1.0
+    stop_known: float | None = None
     stop_retain: float | None = 1.0
     beta: float = 0.1
     margin: float = 0.0
@@ -152,7 +161,7 @@ class GradientConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "epochs", "batch_size", "rank", "alpha", "forget_weight")
-        for name in ("max_steps", "stop_above", "stop_retain"):
+        for name in ("max_steps", "retain_batch", "stop_above", "stop_known", "stop_retain"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
         for name in ("weight_decay", "retain_weight", "beta", "saturation", "importance", "skip_first"):
@@ -180,8 +189,12 @@ class GradientConfig:
             raise ConfigError(f"unknown weights {self.weights!r}; use one of {', '.join(WEIGHTS)}")
         if self.modules not in MODULES:
             raise ConfigError(f"unknown modules {self.modules!r}; use one of {', '.join(MODULES)}")
-        if (self.weights == "layers" and not self.layers) or (self.weights == "full" and self.layers):
-            raise ConfigError('weights="layers" needs layers=(...), and weights="full" takes none')
+        if (self.weights in IN_LAYERS and not self.layers) or (self.weights == "full" and self.layers):
+            raise ConfigError(
+                f'weights="{self.weights}" takes no layers'
+                if self.layers
+                else f'weights="{self.weights}" needs layers=(...)'
+            )
         if not self.refusals:
             raise ConfigError("refusals must name at least one text")
 
@@ -198,6 +211,7 @@ SHARED = frozenset(
         "modules",
         "rank",
         "alpha",
+        "spill",
     }
 )
 """Settings that every gradient method takes."""

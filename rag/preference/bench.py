@@ -14,16 +14,22 @@ from typing import TYPE_CHECKING, Any
 from lab.errors import ConfigError, UnknownNameError
 from lab.eval.stats import Estimate, summarise
 from lab.records import Passage
-from rag.preference.knowpo import KnowPOConfig, TrainingData
-from rag.preference.prepare import prepare, question_items, training_data
+from rag.preference.control import equal_token_sft
+from rag.preference.edited import edit_metrics, edit_rows
+from rag.preference.knowpo import KnowPOConfig
+from rag.preference.prepare import DIFFICULTIES, prepare, question_items, training_data
+from rag.preference.presets import train_config
 from rag.preference.stage import Dataset, Record, records
-from rag.preference.suites import observe, preference_metrics
+from rag.preference.suites import flip_rate, hierarchy_cells, observe, preference_metrics
+from rag.preference.tagged import hierarchy_rows, trust_rows
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
-    from rag.preference.train import TrainConfig
     from rag.readers.base import Reader
 
+SUITES = ("trust", "hierarchy", "edits")
+# What is asked are other titles: nothing is set aside of the questions trained on.
+_BOTH: Mapping[str, float] = {"sft": 0.4, "dpo": 0.6}
 Row = Mapping[str, Any]
 Report = Callable[[str, int, int], None]
 
@@ -36,13 +42,16 @@ class Way:
         title: What it is, in a few words.
         reader: The reader's name.
         rule: The decoding rule's name.
-        training: What an adapter is trained on; empty without one. ``sft`` is the first step of ``knowpo`` alone.
+        training: What an adapter is trained on; empty without one. ``sft`` is the control of ``knowpo``: see
+            ``equal_token_sft``.
+        changes: Settings of ``KnowPOConfig`` that differ: the ablations.
     """
 
     title: str
     reader: str = "direct"
     rule: str = "greedy"
     training: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 WAYS: Mapping[str, Way] = {
@@ -54,9 +63,11 @@ WAYS: Mapping[str, Way] = {
     "coiecd": Way("decoding by entropy", rule="coiecd"),
     "ck_plug": Way("decoding by confidence gain", rule="ck_plug"),
     "parammute": Way("memory's layers muted", rule="parammute"),
-    "sft": Way("the first step of KnowPO alone", training="sft"),
+    "sft": Way("what KnowPO prefers, by SFT in as many tokens", training="sft"),
     "context_dpo": Way("documents over memory", training="context_dpo"),
     "knowpo": Way("adherence and robustness", training="knowpo"),
+    "knowpo_no_rewrite": Way("KnowPO without rewriting", training="knowpo", changes={"rewrite": False}),
+    "knowpo_no_ratio": Way("KnowPO without balancing", training="knowpo", changes={"balanced": False}),
     "dta": Way("answer or admit (Divide-Then-Align)", training="dta"),
     "hierarchy": Way("user over documents over memory", training="hierarchy"),
     "trust": Way("believe what is verified", training="trust"),
@@ -70,10 +81,12 @@ class PreferenceBench:
     Attributes:
         data: ``atlas`` or a file: what is asked.
         train_data: ``atlas`` (its facts for tuning) or another file: what adapters are trained on.
-        split: Part of the built-in world that is asked.
+        split: Part of the built-in world that is asked: ``test``, or ``held`` to choose settings by; adapters are then trained on
+            the rest of the facts for tuning (see ``question_items``).
+        difficulty: Of what is asked, a name of ``DIFFICULTIES``; adapters are trained on contexts as hard.
+        suites: What is measured beside adherence and robustness: of ``SUITES``.
         limit: Questions asked at most; each gives up to three contexts.
         train_limit: Questions trained on at most.
-        documents: Documents in a context.
         samples: Sampled answers of memory for training; see ``probe_memory``.
         latency: Contexts that are asked one at a time, to measure seconds.
         adapters: Way to folder of an adapter that is trained already.
@@ -82,12 +95,22 @@ class PreferenceBench:
     data: str = "atlas"
     train_data: str = "atlas"
     split: str = "test"
+    difficulty: str = "plain"
+    suites: tuple[str, ...] = ()
     limit: int = 100
     train_limit: int = 400
-    documents: int = 4
     samples: int = 10
     latency: int = 8
     adapters: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for given, known, what in (
+            (self.difficulty, DIFFICULTIES, "difficulty"),
+            (self.split, ("test", "held"), "split"),
+            *((name, SUITES, "suite") for name in self.suites),
+        ):
+            if given not in known:
+                raise UnknownNameError(what, given, tuple(known))
 
 
 def check_ways(names: Sequence[str]) -> list[str]:
@@ -105,7 +128,9 @@ def check_ways(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def cell_name(handle: ModelHandle, way: str, bench: PreferenceBench, training: TrainConfig, seed: int) -> str:
+def cell_name(
+    handle: ModelHandle, way: str, bench: PreferenceBench, training: Mapping[str, Any], seed: int
+) -> str:
     """The file of a cell: equal exactly where its figures are.
 
     Raises:
@@ -121,7 +146,7 @@ def cell_name(handle: ModelHandle, way: str, bench: PreferenceBench, training: T
         "way": asdict(WAYS[way]),
         "seed": seed,
         "data": _content(bench.data),
-        **{name: getattr(bench, name) for name in ("split", "limit", "documents", "latency")},
+        **{name: getattr(bench, name) for name in ("split", "difficulty", "suites", "limit", "latency")},
     }
     if given is not None:
         told["adapter"] = [_content(str(file)) for file in sorted(Path(given).glob("*.*")) if file.is_file()]
@@ -130,7 +155,7 @@ def cell_name(handle: ModelHandle, way: str, bench: PreferenceBench, training: T
             "train": _content(bench.train_data),
             "train_limit": bench.train_limit,
             "samples": bench.samples,
-            "config": asdict(training),
+            "config": asdict(train_config(handle, WAYS[way].training, **training)),
         }
     text = json.dumps(told, sort_keys=True, default=str)
     return f"{way}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
@@ -147,7 +172,7 @@ class PreferenceWorkshop:
     Args:
         handle: The model, with its patches.
         bench: What is asked and trained on.
-        training: How adapters are trained.
+        training: Settings of training that replace the preset's; see ``train_config``.
         progress: Told about every update of a training.
     """
 
@@ -155,7 +180,7 @@ class PreferenceWorkshop:
         self,
         handle: ModelHandle,
         bench: PreferenceBench,
-        training: TrainConfig,
+        training: Mapping[str, Any],
         *,
         progress: Report | None = None,
     ) -> None:
@@ -171,7 +196,11 @@ class PreferenceWorkshop:
             with reader.holding():
                 rows = observe(self.handle, contexts, reader)
                 seconds = self._latency(reader, contexts)
-        metrics = {name: found.to_json() for name, found in preference_metrics(rows).items()}
+            further = self._further(reader, contexts, seed)
+        metrics = {
+            name: found.to_json()
+            for name, found in (preference_metrics(rows) | further_metrics(further)).items()
+        }
         return {
             "method": way,
             "title": WAYS[way].title,
@@ -182,14 +211,18 @@ class PreferenceWorkshop:
             "latencies": seconds,
             "training": trained,
             "rows": rows,
+            **further,
         }
 
     def contexts(self, seed: int) -> Dataset:
         """What is asked."""
         if seed not in self._contexts:
             bench = self.bench
-            items = question_items(bench.data, split=bench.split, limit=bench.limit, seed=seed)
-            made = prepare(self.handle, items, documents=bench.documents, seed=seed)
+            hard = DIFFICULTIES[bench.difficulty]
+            items = question_items(
+                bench.data, split=bench.split, limit=bench.limit, seed=seed, wording=hard.wording
+            )
+            made = prepare(self.handle, items, seed=seed, **hard.contexts())
             self._contexts[seed] = made["contexts"].data
         return self._contexts[seed]
 
@@ -211,16 +244,24 @@ class PreferenceWorkshop:
         if not method:
             return {}
         start = time.perf_counter()
-        items = question_items(self.bench.train_data, split="dev", limit=self.bench.train_limit, seed=seed)
-        config = KnowPOConfig(documents=self.bench.documents, samples=self.bench.samples)
+        hard = DIFFICULTIES[self.bench.difficulty]
+        training = train_config(self.handle, method, **self.training)
+        items = question_items(
+            self.bench.train_data,
+            split="dev" if self.bench.split == "test" else "tune",
+            limit=self.bench.train_limit,
+            seed=seed,
+            wording=hard.train_wording,
+        )
+        config = KnowPOConfig(
+            **hard.contexts(), samples=self.bench.samples, shares=_BOTH, **WAYS[way].changes
+        )
         data = training_data(
             self.handle, "knowpo" if method == "sft" else method, items, config=config, seed=seed
         )
         if method == "sft":
-            data = TrainingData(data.sft, None, data.stages)
-        trained = train_preference(
-            self.handle, data, self.training, method=method, seed=seed, progress=self.progress
-        )
+            data, training = equal_token_sft(self.handle, data, training)
+        trained = train_preference(self.handle, data, training, method=way, seed=seed, progress=self.progress)
         stack.enter_context(trained.patch.applied(self.handle))
         return {
             "rows": {name: len(rows) for name, rows in (("sft", data.sft), ("pairs", data.pairs)) if rows},
@@ -228,6 +269,16 @@ class PreferenceWorkshop:
             "curves": trained.curves,
             "seconds": time.perf_counter() - start,
         }
+
+    def _further(self, reader: Reader, contexts: Dataset, seed: int) -> dict[str, list[Record]]:
+        made: dict[str, list[Record]] = {}
+        if "trust" in self.bench.suites:
+            made["trust_rows"] = trust_rows(reader, contexts)
+        if "hierarchy" in self.bench.suites:
+            made["hierarchy_rows"] = hierarchy_rows(self.handle, contexts)
+        if "edits" in self.bench.suites:
+            made["edit_rows"] = edit_rows(self.handle, reader, seed=seed)
+        return made
 
     def _latency(self, reader: Reader, contexts: Dataset) -> list[float]:
         found = []
@@ -238,7 +289,30 @@ class PreferenceWorkshop:
         return found
 
 
+def further_metrics(rows: Mapping[str, Sequence[Row]]) -> dict[str, Estimate]:
+    """Figures of the further suites, of as many as were asked."""
+    found: dict[str, Estimate] = {}
+    if trusted := rows.get("trust_rows"):
+        found["flip_rate"] = flip_rate(trusted)
+    if ranked := rows.get("hierarchy_rows"):
+        found |= {f"cell {name}": value for name, value in hierarchy_cells(ranked).items()}
+    if edited := rows.get("edit_rows"):
+        found |= edit_metrics(edited)
+    return found
+
+
 def pooled(cells: Sequence[Row]) -> dict[str, Estimate]:
     """The figures of one way over all its seeds: every context of every seed counts once."""
     found = preference_metrics([row for cell in cells for row in cell["rows"]])
+    # An item may come again with another seed; it is then another question.
+    found |= further_metrics(
+        {
+            name: [
+                row | {"item_id": f"{cell['seed']}/{row['item_id']}"}
+                for cell in cells
+                for row in cell.get(name, ())
+            ]
+            for name in ("trust_rows", "hierarchy_rows", "edit_rows")
+        }
+    )
     return found | {"latency": summarise([value for cell in cells for value in cell["latencies"]], None)}

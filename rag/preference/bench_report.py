@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.eval import html, render
-from lab.eval.stats import Estimate
+from lab.eval.stats import NOTHING, Estimate
 from lab.records import write_text_atomically
 from rag.preference.bench import WAYS, Row, pooled
-from rag.preference.suites import paired
+from rag.preference.suites import error_reduction, paired
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,8 @@ class PreferenceComparison:
 
     Attributes:
         metrics: Way to its figures over all seeds.
-        pairs: Two ways to the paired tests of ``adherence`` and ``robustness``.
+        pairs: Two ways to the paired tests of ``adherence`` and ``robustness``, and to ``gone``: the share of the first one's
+            summed error that the second one lacks.
         cells: Finished cells.
         failed: Cells with their errors.
         title: What was asked of which model.
@@ -58,7 +59,10 @@ class PreferenceComparison:
             way: [row | {"seed": cell["seed"]} for cell in found for row in cell["rows"]]
             for way, found in by_way.items()
         }
-        pairs = {(a, b): paired(rows[a], rows[b]) for a, b in combinations(rows, 2)}
+        pairs = {
+            (a, b): paired(rows[a], rows[b]) | {"gone": error_reduction(rows[a], rows[b]).to_json()}
+            for a, b in combinations(rows, 2)
+        }
         metrics = {way: pooled(found) for way, found in by_way.items()}
         return cls(metrics, pairs, done, tuple(cell for cell in cells if "error" in cell), title)
 
@@ -73,7 +77,7 @@ class PreferenceComparison:
         return ["method", *_HEADS, "n"], lines
 
     def tests(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and one line for each two ways: differences in points (second less first) and p values."""
+        """Heads and one line for each two ways: differences in points (second less first), p values, share of error gone."""
         lines = []
         for (a, b), found in self.pairs.items():
             parts = []
@@ -81,8 +85,27 @@ class PreferenceComparison:
                 one = found[name]
                 none = one["p"] is None
                 parts += ["–", "–"] if none else [f"{100 * one['difference']:+.1f}", f"{one['p']:.3g}"]
-            lines.append([f"{b} − {a}", *parts])
-        return ["methods", "adherence", "p", "robustness", "p"], lines
+            gone = found["gone"]
+            none = gone["mean"] is None
+            shown = "–" if none else f"{gone['mean']:.0%} [{gone['low']:.0%}, {gone['high']:.0%}]"
+            lines.append([f"{b} − {a}", *parts, shown])
+        return ["methods", "adherence", "p", "robustness", "p", "summed error gone"], lines
+
+    def further(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and one line for each way: what the further suites measured; no lines where none was asked."""
+        names = list(
+            dict.fromkeys(
+                name
+                for found in self.metrics.values()
+                for name in found
+                if name == "flip_rate" or name.startswith(("cell ", "edit_"))
+            )
+        )
+        lines = [
+            [way, *(render.cell(name, found.get(name, NOTHING), interval=True) for name in names)]
+            for way, found in self.metrics.items()
+        ]
+        return ["method", *names], lines if names else []
 
     def to_json(self) -> dict[str, Any]:
         """As plain values, rows included."""
@@ -107,13 +130,16 @@ class PreferenceComparison:
 
 _NOTE = (
     "Figures in points with 95 % intervals; summed error is that of adherence and robustness, 0 to 200. Seconds are of one "
-    "question at a time. Paired tests are McNemar's, exact and two-sided, on the same contexts, not corrected for their number."
+    "question at a time. Paired tests are McNemar's, exact and two-sided, on the same contexts, not corrected for their number. "
+    "Summed error gone: the share of the other method's summed error that is gone, with the interval of a paired bootstrap."
 )
 
 
 def markdown(found: PreferenceComparison) -> str:
     """The comparison as Markdown."""
     parts = [f"**{found.title}**", _NOTE, render.markdown_table(*found.table())]
+    if found.further()[1]:
+        parts.append(render.markdown_table(*found.further()))
     if found.pairs:
         parts.append(render.markdown_table(*found.tests()))
     parts += [f"- {cell['method']}, seed {cell['seed']}: {cell['error']}" for cell in found.failed]
@@ -127,6 +153,8 @@ def page(found: PreferenceComparison) -> str:
         f'<p class="note">{escape(cell["method"])}, seed {cell["seed"]}: {escape(cell["error"])}</p>'
         for cell in found.failed
     ]
+    if found.further()[1]:
+        parts += ["<h2>Trust, hierarchy and edits</h2>", html.html_table(*found.further())]
     if found.metrics:
         parts.append(html.figure_html(plane(found), "adherence and robustness of every method"))
     if found.pairs:

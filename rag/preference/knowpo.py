@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag.preference.memory import probe_memory
+from rag.preference.memory import fitting_contexts, probe_memory
 from rag.preference.pairs import (
     BARE,
     DEFAULT_SHARES,
@@ -32,7 +32,7 @@ class KnowPOConfig:
     """Settings of KnowPO's data.
 
     Attributes:
-        documents: Documents in a context.
+        documents, hard, most_hard: See ``contexts``.
         samples, temperature, delta: See ``probe_memory``; all samples must be right for a fact to count as known.
         ratios: Parts of the errors: the two about adherence to the two about robustness as 2 to 1, each pair half and half.
         total: Pairs in all; see ``balance``.
@@ -43,6 +43,8 @@ class KnowPOConfig:
     """
 
     documents: int = 4
+    hard: float = 0.5
+    most_hard: int = 2
     samples: int = 10
     temperature: float = 0.7
     delta: float = 1.0
@@ -123,8 +125,12 @@ def knowpo_data(
         ),
     )
     data = add("counterfactuals", counterfactuals(data, seed=seed))
-    data = add("contexts", contexts(data, documents=config.documents, seed=seed))
-    data = add("reading", read_contexts(handle, data))
+    data = add(
+        "contexts",
+        contexts(data, documents=config.documents, hard=config.hard, most_hard=config.most_hard, seed=seed),
+    )
+    data = add("fitting", fitting_contexts(handle, data))
+    data = add("reading", read_contexts(handle, data, skip=("sft",)))
     add("sft", sft_rows(handle, data, config.frame))
     data = add("pairs", pairs(handle, _only(data, "dpo"), seed=seed))
     data = add("rewrite", word_pairs(handle, data, frame=config.frame, rewrite=config.rewrite))

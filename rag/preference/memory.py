@@ -1,4 +1,4 @@
-"""What a model says without documents: its own memory, edits included."""
+"""What a model says without documents: its own memory, edits included; and how much of documents it can read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from lab.data.text import normalize_answer
+from lab.records import Passage
+from lab.tokens import encode_ids
+from rag.decoding.contrast import position_limit
 from rag.preference.match import says
 from rag.preference.stage import Dataset, Stage, finish, records
 from rag.prompts import prompts_for
@@ -77,3 +80,37 @@ def probe_memory(
         state=handle.state,
         known=sum(row["prior_known"] for row in rows),
     )
+
+
+def fitting_contexts(handle: ModelHandle, data: Dataset, *, room: int = 32) -> Stage:
+    """Takes distractors out of contexts that the model cannot read whole, the longest first; two documents stay.
+
+    A context that is too long even so is left out, and counted.
+
+    Args:
+        handle: The model; its positions are the limit.
+        data: Contexts.
+        room: Tokens kept free for the answer.
+    """
+    prompts, limit, rows = prompts_for(handle), position_limit(handle) - room, records(data)
+    made, dropped, shortened = [], Counter[str](), 0
+    for row in rows:
+        told = list(zip(row["documents"], row["kinds"], strict=True))
+        whole = len(told)
+
+        def length(told: list[tuple[str, str]] = told, question: str = row["question"]) -> int:
+            prompt = prompts.direct(question, [Passage("", text) for text, _ in told])
+            return len(encode_ids(handle.tokenizer, prompt))
+
+        while length() > limit and len(told) > 2:
+            told.remove(
+                max((each for each in told if each[1] in ("hard", "easy")), key=lambda each: len(each[0]))
+            )
+        if length() > limit:
+            dropped["longer than the model can read"] += 1
+            continue
+        shortened += len(told) < whole
+        kinds = [kind for _, kind in told]
+        place = next((at for at, kind in enumerate(kinds) if kind in ("gold", "counterfactual")), -1)
+        made.append(row | {"documents": [text for text, _ in told], "kinds": kinds, "gold_pos": place})
+    return finish("fitting", len(rows), made, dropped, limit=limit, shortened=shortened)

@@ -84,24 +84,29 @@ def split_by_title(data: Dataset, shares: Mapping[str, float] = DEFAULT_SHARES, 
     return finish("split", len(rows), rows, shares=dict(shares), seed=seed)
 
 
-def read_contexts(handle: ModelHandle, data: Dataset) -> Stage:
+def read_contexts(handle: ModelHandle, data: Dataset, *, skip: Sequence[str] = ()) -> Stage:
     """Lets the model answer every context with the plain reader: where its on-policy mistakes come from.
 
+    Args:
+        handle: The model.
+        data: Contexts.
+        skip: Splits whose contexts are not answered, as nothing is rejected there.
+
     Adds:
-        ``prompt``, ``read`` (the answer), ``read_raw`` (as generated).
+        ``prompt``, ``read`` (the answer; empty where skipped), ``read_raw`` (as generated).
     """
     from rag.readers.prompted import DirectReader
 
     reader = DirectReader(handle)
     rows = records(data)
     items = [(row["question"], [Passage("", text) for text in row["documents"]]) for row in rows]
-    for row, (question, passages), reading in zip(rows, items, reader.read_many(items), strict=True):
-        row |= {
-            "prompt": reader.prompts.direct(question, passages),
-            "read": reading.answer,
-            "read_raw": reading.raw,
-        }
-    return finish("reading", len(rows), rows, model=handle.fingerprint, state=handle.state)
+    for row, (question, passages) in zip(rows, items, strict=True):
+        row |= {"prompt": reader.prompts.direct(question, passages), "read": "", "read_raw": ""}
+    asked = [place for place, row in enumerate(rows) if row["split"] not in skip]
+    readings = reader.read_many([items[place] for place in asked]) if asked else []
+    for place, reading in zip(asked, readings, strict=True):
+        rows[place] |= {"read": reading.answer, "read_raw": reading.raw}
+    return finish("reading", len(rows), rows, skip=list(skip), model=handle.fingerprint, state=handle.state)
 
 
 def pairs(handle: ModelHandle, data: Dataset, *, seed: int = 0) -> Stage:

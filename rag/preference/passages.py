@@ -54,7 +54,8 @@ def counterfactuals(data: Dataset, *, seed: int = 0) -> Stage:
 
     The answer is the source's own where it brings one that fits, else drawn among the answers of the same type (for named
     relations: of the same relation) of the same data. It is never one that counts as right or as remembered, and never
-    stands in the passage already. Items without an answer in their passage pass through without one.
+    stands in the passage already. Items without an answer in their passage pass through without one. A source that brings
+    a contradicting passage along has it taken as it is.
 
     Adds:
         ``counterfactual`` and ``counterfactual_passage`` (empty where there is none), ``passage_edits``.
@@ -70,6 +71,9 @@ def counterfactuals(data: Dataset, *, seed: int = 0) -> Stage:
         row |= {"counterfactual": "", "counterfactual_passage": "", "passage_edits": []}
         made.append(row)
         if not row["answerable"] or not row["answers"]:
+            continue
+        if given := row["given_counterfactual_passage"]:
+            row["counterfactual"], row["counterfactual_passage"] = row["given_counterfactual"], given
             continue
         if not find_spans(row["passage"], row["answers"]):
             dropped["the passage does not hold the answer"] += 1
@@ -100,7 +104,9 @@ def _counterfactual(row: Record, pool: Sequence[str], rng: random.Random) -> tup
     return None
 
 
-def contexts(data: Dataset, *, documents: int = 4, seed: int = 0) -> Stage:
+def contexts(
+    data: Dataset, *, documents: int = 4, hard: float = 0.5, most_hard: int = 2, seed: int = 0
+) -> Stage:
     """Makes the contexts of every item: ``related`` (right), ``conflict`` (counterfactual) and ``irrelevant``.
 
     A ``hard`` context has distractors that are about the same title, ask the same relation, or share most words with the
@@ -110,8 +116,14 @@ def contexts(data: Dataset, *, documents: int = 4, seed: int = 0) -> Stage:
     Args:
         data: Items with ``split``, memory and counterfactuals.
         documents: Documents in a context, at most.
+        hard: Share of hard contexts.
+        most_hard: Hard distractors in a hard context, at most; there is at least one.
         seed: Draws grades, distractors and order.
     """
+    if not 0 <= hard <= 1 or most_hard < 1:
+        raise ConfigError(
+            f"a share of hard contexts is between 0 and 1 and each has at least 1 hard distractor; got {hard} and {most_hard}"
+        )
     if documents < 2:
         raise ConfigError(f"a context needs at least 2 documents to hide its answer among, not {documents}")
     rows = records(data)
@@ -127,8 +139,8 @@ def contexts(data: Dataset, *, documents: int = 4, seed: int = 0) -> Stage:
             if first is None:
                 continue
             rng = draw_for(seed, "context", row["id"], context)
-            grade = rng.choice(("easy", "hard"))
-            others = shelf.draw(rng, documents - bool(first), hard=grade == "hard")
+            grade = "easy" if rng.random() < 1 - hard else "hard"
+            others = shelf.draw(rng, documents - bool(first), hard=most_hard if grade == "hard" else 0)
             told = ([(first, "gold" if context == "related" else "counterfactual")] if first else []) + others
             if context == "irrelevant" and not row["answerable"]:
                 # The passage of a question that nobody can answer from it is the hardest distractor there is.
@@ -148,7 +160,9 @@ def contexts(data: Dataset, *, documents: int = 4, seed: int = 0) -> Stage:
                     "context_answers": answers,
                 }
             )  # fmt: skip
-    return finish("contexts", len(rows), made, dropped, documents=documents, seed=seed)
+    return finish(
+        "contexts", len(rows), made, dropped, documents=documents, hard=hard, most_hard=most_hard, seed=seed
+    )
 
 
 def _first(row: Mapping[str, object], context: str) -> tuple[str | None, list[str]]:
@@ -172,12 +186,14 @@ class _Shelf:
         self.row = row
         self.shelf = shelf
         barred = [*row["answers"], *row["memory"], row["counterfactual"], row.get("prior", "")]
+        if row["answer_type"] == "truth":  # "no" in a text answers nothing
+            barred = []
         self.barred = [answer for answer in barred if answer and normalize_answer(answer) != "unknown"]
 
-    def draw(self, rng: random.Random, count: int, *, hard: bool) -> list[tuple[str, str]]:
-        """``count`` distractors with their kinds, as far as there are any; a hard draw has one or two hard ones."""
+    def draw(self, rng: random.Random, count: int, *, hard: int) -> list[tuple[str, str]]:
+        """``count`` distractors with their kinds, as far as there are any; one to ``hard`` of them are hard."""
         looked = rng.sample(self.shelf, min(len(self.shelf), _LOOKED_AT))
-        wanted = rng.randint(1, min(2, count)) if hard else 0
+        wanted = rng.randint(1, min(hard, count)) if hard else 0
         near = [other for other in looked if self._near(other)]
         if wanted and not near:
             words = set(normalize_answer(self.row["question"]).split())

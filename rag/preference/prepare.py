@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lab.data import read_rows
@@ -11,11 +12,11 @@ from lab.eval.evaluations import EvaluationRequest
 from rag.decoding.contrast import position_limit
 from rag.preference.check import read_training_rows
 from rag.preference.knowpo import KnowPOConfig, TrainingData, applied_requests, knowpo_data
-from rag.preference.memory import probe_memory
+from rag.preference.memory import fitting_contexts, probe_memory
 from rag.preference.pairs import read_contexts, split_by_title
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import atlas_items, read_items, with_edits
-from rag.preference.stage import Stage, to_dataset
+from rag.preference.stage import Stage, share_of, to_dataset
 from rag.preference.suites import abstention, cells, flip_rate, observe, preference_metrics
 from rag.preference.synthesis import RECIPES, note_rows
 from rag.preference.tagged import trust_rows, twin_rows
@@ -27,16 +28,70 @@ if TYPE_CHECKING:
 METHODS = ("knowpo", "hierarchy", "notes", "dta", "context_dpo", "trust")
 
 
-def question_items(
-    source: str | None, *, split: str = "dev", limit: int | None = None, seed: int = 0
-) -> Stage:
-    """Items of the built-in world (``atlas`` or nothing) or of a file."""
-    if source in (None, "atlas"):
-        from lab.atlas.world import load_world
+@dataclass(frozen=True)
+class Difficulty:
+    """How hard what is asked is.
 
-        world = load_world()
-        return atlas_items(world, world.split("test" if split == "test" else "dev"), seed=seed, limit=limit)
-    return read_items(str(source), limit=limit)
+    Attributes:
+        documents, hard, most_hard: See ``contexts``.
+        wording: Of the built-in world's items that are asked; see ``atlas_items``.
+        train_wording: Of those that are trained on.
+    """
+
+    documents: int = 4
+    hard: float = 0.5
+    most_hard: int = 2
+    wording: str = "main"
+    train_wording: str = "main"
+
+    def contexts(self) -> dict[str, Any]:
+        """What ``contexts`` and ``KnowPOConfig`` take of it."""
+        return {"documents": self.documents, "hard": self.hard, "most_hard": self.most_hard}
+
+
+DIFFICULTIES: Mapping[str, Difficulty] = {
+    "plain": Difficulty(),
+    "hard": Difficulty(6, 1.0, 5, wording="held_out", train_wording="trained"),
+}
+SPLITS = ("dev", "test", "tune", "held")
+_HELD_SHARE = 0.3
+
+
+def question_items(
+    source: str | None,
+    *,
+    split: str = "dev",
+    limit: int | None = None,
+    seed: int = 0,
+    wording: str = "main",
+) -> Stage:
+    """Items of the built-in world (``atlas`` or nothing) or of a file.
+
+    Args:
+        source: ``atlas``, nothing, or a file.
+        split: Part of the built-in world: ``dev`` (facts to train on), ``test``; ``tune`` and ``held`` are two parts of ``dev``
+            without a shared title, for choosing settings.
+        limit: Items at most.
+        seed: Of every draw.
+        wording: See ``atlas_items``.
+
+    Raises:
+        ConfigError: There is no such split or wording.
+    """
+    if source not in (None, "atlas"):
+        return read_items(str(source), limit=limit)
+    from lab.atlas.world import load_world
+
+    if split not in SPLITS:
+        raise ConfigError(f"unknown split {split!r}; use {', '.join(SPLITS)}")
+    world = load_world()
+    facts = world.split("test" if split == "test" else "dev")
+    if split in ("tune", "held"):
+        # One division for every seed: what settings were chosen by is never trained on.
+        facts = tuple(
+            fact for fact in facts if (share_of(0, f"held/{fact.subject}") < _HELD_SHARE) == (split == "held")
+        )
+    return atlas_items(world, facts, seed=seed, limit=limit, wording=wording, asked=split in ("test", "held"))
 
 
 def prepare(
@@ -44,6 +99,8 @@ def prepare(
     items: Stage,
     *,
     documents: int = 4,
+    hard: float = 0.5,
+    most_hard: int = 2,
     samples: int = 0,
     shares: Mapping[str, float] | None = None,
     read: bool = False,
@@ -55,7 +112,11 @@ def prepare(
     stages["split"] = split_by_title(stages["edits"].data, shares or {"all": 1.0}, seed=seed)
     stages["memory"] = probe_memory(handle, stages["split"].data, samples=samples, seed=seed)
     stages["counterfactuals"] = counterfactuals(stages["memory"].data, seed=seed)
-    stages["contexts"] = contexts(stages["counterfactuals"].data, documents=documents, seed=seed)
+    stages["contexts"] = contexts(
+        stages["counterfactuals"].data, documents=documents, hard=hard, most_hard=most_hard, seed=seed
+    )
+    made = stages.pop("contexts")
+    stages["graded"], stages["contexts"] = made, fitting_contexts(handle, made.data)
     if read:
         stages["reading"] = read_contexts(handle, stages["contexts"].data)
     return stages
@@ -74,7 +135,18 @@ def training_data(
     config = config or KnowPOConfig()
     if method == "knowpo":
         return knowpo_data(handle, items, config, seed=seed)
-    stages = prepare(handle, items, documents=config.documents, samples=config.samples, read=True, seed=seed)
+    stages = prepare(
+        handle,
+        items,
+        documents=config.documents,
+        hard=config.hard,
+        most_hard=config.most_hard,
+        samples=config.samples,
+        seed=seed,
+    )
+    # Only quadrants reject what the model reads; the others need the prompts alone.
+    skip = () if method == "dta" else ("all",)
+    stages["reading"] = read_contexts(handle, stages["contexts"].data, skip=skip)
     data = stages["reading"].data
     if method == "notes":
         stages["notes"] = note_rows(handle, data)

@@ -1,4 +1,4 @@
-"""Two further suites over the same contexts: documents under trust tags, and unanswerable questions with answerable twins."""
+"""Further suites over the same contexts: trust tags, the hierarchy of sources, unanswerable questions with answerable twins."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from lab.records import Passage, Trust
 from rag.preference.match import same, says
 from rag.preference.stage import Dataset, Record, records
 from rag.preference.suites import is_right
-from rag.preference.synthesis import TRUST_LEVELS
+from rag.preference.synthesis import TRUST_LEVELS, hierarchy_pairs
+from rag.prompts import prompts_for
 
 if TYPE_CHECKING:
+    from lab.handle import ModelHandle
     from rag.readers.base import Reader
 
 
@@ -48,6 +50,36 @@ def trust_rows(reader: Reader, data: Dataset) -> list[Record]:
                 "prediction": reading.answer,
                 "wanted": wanted,
                 "right": reading.known and says(reading.answer, [wanted]),
+            }
+        )
+    return made
+
+
+def hierarchy_rows(handle: ModelHandle, data: Dataset) -> list[Record]:
+    """Asks every cell of instruction, documents and memory once for each contradicting context, by plain decoding.
+
+    Args:
+        handle: The model, with its patches.
+        data: Contexts with memory; see ``hierarchy_pairs``, whose chosen answer is the wanted one.
+
+    Returns:
+        Rows ``item_id, cell, prediction, wanted, right``.
+    """
+    prompts = prompts_for(handle)
+    asked = records(hierarchy_pairs(handle, data).data)
+    texts = handle.generate([row["prompt"] for row in asked], max_new_tokens=24, stop=prompts.stop)
+    made = []
+    for row, text in zip(asked, texts, strict=True):
+        answer, wanted = prompts.answer(text), row["chosen_answer"]
+        silent = not prompts.knows(wanted)
+        right = not prompts.knows(answer) if silent else says(answer, [wanted])
+        made.append(
+            {
+                "item_id": row["id"],
+                "cell": row["cell"],
+                "prediction": answer,
+                "wanted": wanted,
+                "right": right,
             }
         )
     return made

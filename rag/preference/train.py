@@ -7,20 +7,20 @@ then not ln 2), rows that are left out or cut without a word, half precision and
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lab.errors import ConfigError, DataError, MissingDependencyError, PatchError
+from lab.errors import ConfigError, MissingDependencyError
 from lab.patch import Provenance, WeightPatch, library_versions
 from lab.records import write_text_atomically
 from lab.training import Reference, fit, training_defaults
 from rag.decoding.contrast import position_limit
 from rag.preference.check import PAIR_FIELDS, SFT_FIELDS, check_rows
 from rag.preference.knowpo import TrainingData
+from rag.preference.objectives import OBJECTIVES, check_kept, preference_trainer, reference_guard
 from rag.preference.stage import Dataset, Record, digest, records, to_dataset
 
 if TYPE_CHECKING:
@@ -28,8 +28,15 @@ if TYPE_CHECKING:
 
 Curve = list[dict[str, float]]
 Report = Callable[[str, int, int], None]
-_FIRST_LOSS = math.log(2)
-_TOLERANCE = 1e-3
+__all__ = [
+    "TrainConfig",
+    "Trained",
+    "check_kept",
+    "last_checkpoint",
+    "preference_trainer",
+    "reference_guard",
+    "train_preference",
+]
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,13 @@ class TrainConfig:
         loss: Losses of the second step as TRL names them, summed with ``loss_weights``. Without the SFT term abstention and
             accuracy break down (Divide-Then-Align, arXiv:2505.20871).
         loss_weights: One weight a loss.
+        objective: What the second step minimises: ``dpo`` (with ``loss``), ``kto``, ``orpo`` or ``simpo``.
+        gamma: SimPO's margin; other objectives have none.
         batch_size, accumulation: Rows in a step: their product.
         max_steps: Ends each step early.
         max_length: Longest row in tokens; the model's own limit without it.
         gradient_checkpointing: Saves memory for time.
+        bf16: Computes in bfloat16 while weights stay as they are; faster where the processor can, not to the bit the same.
         save_steps: Steps between checkpoints, where there is a work folder.
     """
 
@@ -62,14 +72,19 @@ class TrainConfig:
     beta: float = 0.1
     loss: tuple[str, ...] = ("sigmoid", "sft")
     loss_weights: tuple[float, ...] = (1.0, 0.5)
+    objective: str = "dpo"
+    gamma: float = 0.5
     batch_size: int = 8
     accumulation: int = 1
     max_steps: int | None = None
     max_length: int | None = None
     gradient_checkpointing: bool = False
+    bf16: bool = False
     save_steps: int = 50
 
     def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"unknown objective {self.objective!r}; use {', '.join(OBJECTIVES)}")
         if len(self.loss) != len(self.loss_weights) or not self.loss:
             raise ConfigError(
                 f"{len(self.loss)} losses need as many weights, there are {len(self.loss_weights)}"
@@ -252,7 +267,7 @@ class _Step:
             )
         else:
             trainer = preference_trainer(self.handle, model, self.rows, self.config, arguments)
-        check_kept(trainer, len(self.rows))
+        check_kept(trainer, len(self.rows) * (2 if self._unpaired() else 1))
         from transformers import PrinterCallback
 
         # Without its bar the trainer prints every logged step to standard output, which may be a JSON document.
@@ -261,6 +276,9 @@ class _Step:
             trainer.add_callback(_telling(self.name, self.progress))
         return trainer
 
+    def _unpaired(self) -> bool:
+        return self.name == "dpo" and self.config.objective == "kto"
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of TRL's config, but for the rates."""
         config = self.config
@@ -268,6 +286,7 @@ class _Step:
             "per_device_train_batch_size": config.batch_size,
             "gradient_accumulation_steps": config.accumulation,
             "gradient_checkpointing": config.gradient_checkpointing,
+            "bf16": config.bf16,
             "max_steps": config.max_steps or -1,
             "max_length": self.length,
             "lr_scheduler_type": "cosine",
@@ -277,90 +296,6 @@ class _Step:
             saving = {"save_strategy": "steps", "save_steps": config.save_steps, "save_total_limit": 2}
             arguments |= saving
         return arguments
-
-
-def preference_trainer(
-    handle: ModelHandle,
-    model: Any,
-    rows: list[Record],
-    config: TrainConfig,
-    arguments: Mapping[str, Any],
-    *,
-    reference: Any = None,
-) -> Any:
-    """TRL's DPO trainer on a model with a fresh adapter, with a guard on its reference.
-
-    Args:
-        handle: Gives the tokenizer.
-        model: The model with its adapter, as ``fit`` makes it.
-        rows: Pairs.
-        config: Losses and rate.
-        arguments: Further arguments of ``DPOConfig``.
-        reference: Another model to compare with; the guard refuses one that is not the model itself.
-    """
-    from trl.trainer.dpo_config import DPOConfig
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    settings = {
-        "learning_rate": config.dpo_lr,
-        "num_train_epochs": config.dpo_epochs,
-        "beta": config.beta,
-        "loss_type": list(config.loss),
-        "loss_weights": list(config.loss_weights),
-    }
-    trainer: Any = DPOTrainer(
-        model=model,
-        ref_model=reference,
-        args=DPOConfig(**{**arguments, **settings}),
-        train_dataset=to_dataset(rows),
-        processing_class=handle.tokenizer,
-    )
-    # TRL copies the adapter as its reference. Without the copy it switches the adapter off, which is the same and smaller.
-    if "ref" in getattr(model, "peft_config", {}):
-        model.delete_adapter("ref")
-    trainer.add_callback(reference_guard(config.loss, config.loss_weights))
-    return trainer
-
-
-def check_kept(trainer: Any, rows: int) -> None:
-    """Refuses a trainer that left rows out.
-
-    Raises:
-        DataError: It holds fewer rows than it was given.
-    """
-    kept = len(trainer.train_dataset)
-    if kept != rows:
-        raise DataError(f"the trainer left out {rows - kept} of {rows} rows; their prompts fill max_length")
-
-
-def reference_guard(loss: Sequence[str], weights: Sequence[float]) -> Any:
-    """A callback that ends DPO after its first update where the model was not its own reference before it.
-
-    Args:
-        loss: Losses as TRL names them; of ``sigmoid`` alone the first value, ln 2, is held to as well.
-        weights: One weight a loss.
-
-    Raises:
-        PatchError: While training: the rewards of the first step are not 0.
-    """
-    from transformers import TrainerCallback
-
-    class Guard(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-            if state.global_step != 1 or "rewards/chosen" not in (logs or {}):
-                return
-            rewards = [float(logs["rewards/chosen"]), float(logs["rewards/rejected"])]
-            off = max(map(abs, rewards))
-            if tuple(loss) == ("sigmoid",) and tuple(weights) == (1.0,):
-                off = max(off, abs(float(logs["loss"]) - _FIRST_LOSS))
-            if not off <= _TOLERANCE:
-                raise PatchError(
-                    f"before its first update the model differs from its reference (rewards {rewards[0]:.4f} and "
-                    f"{rewards[1]:.4f}, loss {float(logs['loss']):.4f} where ln 2 is due): the reference must be the same model "
-                    "with its edits and the adapter off"
-                )
-
-    return Guard()
 
 
 def _telling(name: str, progress: Report) -> Any:

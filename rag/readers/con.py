@@ -50,14 +50,7 @@ class NotesReader(Reader):
     def _with_notes(self, items: Sequence[Item]) -> list[Reading]:
         prompts = [self.prompts.notes(*item) for item in items]
         longest = max(len(passages) for _, passages in items)
-        texts = contrast_generate(
-            self.handle,
-            prompts,
-            prompts,
-            Greedy() if self.rule.uses_memory else self.rule,
-            max_new_tokens=self.max_new_tokens + TOKENS_PER_NOTE * longest,
-            stop=self.prompts.note_stop,
-        )
+        texts = self._written(prompts, self.max_new_tokens + TOKENS_PER_NOTE * longest)
         readings = []
         for (question, passages), text in zip(items, texts, strict=True):
             written = self.prompts.written(text, len(passages))
@@ -74,6 +67,17 @@ class NotesReader(Reader):
                     readings[index], answer=reading.answer, known=self.prompts.knows(reading.answer)
                 )
         return readings
+
+    def _written(self, prompts: Sequence[str], longest: int) -> list[str]:
+        """Notes and answer after each prompt, from the drafts where they hold it."""
+        rule = Greedy() if self.rule.uses_memory else self.rule
+        held = self.drafts if isinstance(rule, Greedy) and self.drafts is not None else {}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in held]
+        made = contrast_generate(
+            self.handle, missing, missing, rule, max_new_tokens=longest, stop=self.prompts.note_stop
+        )
+        held.update(zip(missing, made, strict=True))
+        return [held[prompt] for prompt in prompts]
 
     def _reading(self, question: str, written: Written, raw: str) -> Reading:
         known = self.prompts.knows(written.answer)

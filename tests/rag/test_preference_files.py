@@ -15,6 +15,7 @@ pytest_plugins = ("tests.shared",)
 FILES = (
     "rgb/en_fact.jsonl", "rgb/zh_fact.jsonl", "rgb/zh_int.jsonl", "rgb/zh_refine.jsonl",
     "realtimeqa/past_qa.jsonl", "realtimeqa/past_qa_nota.jsonl", "ifqa/full_split_dev.jsonl",
+    "conflictqa/conflictQA-strategyQA-llama2-7b.jsonl", "faithfulrag/squad_negative.json",
     "coconflictqa/SQuAD_kc.jsonl", "coconflictqa/hotpotq_kc.jsonl",
     "coconflictqa/NaturalQuestionsShort_kc.jsonl", "coconflictqa/TriviaQA-web_kc.jsonl",
     "knowpo_squadzen/processed_sqaudZen-related-dpo-negative_2.json",
@@ -57,3 +58,51 @@ def test_a_broken_row_names_file_and_line(name, tmp_path):
     with pytest.raises(DataError, match=message) as caught:
         read_items(file)
     assert "rows.jsonl" in str(caught.value) and "2" in str(caught.value)
+
+
+DENYING = {
+    "question": "Is Saint Vincent's language rooted in English?",
+    "ground_truth": ["True"],
+    "memory_answer": "It is not rooted in English.",
+    "counter_answer": "It is rooted in English.",
+    "parametric_memory_aligned_evidence": "It comes from elsewhere.",
+    "counter_memory_aligned_evidence": "English is what it comes from.",
+}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_beliefs_and_their_opposites_become_contexts(right, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    both_deny = DENYING | {"counter_answer": "No, it is not."}
+    lines = [DENYING | {"ground_truth": [str(right)]}, both_deny]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    stage = read_items(file)
+    (row,) = records(stage.data)
+    assert sum(stage.manifest["dropped"].values()) == 1
+    assert row["memory"] == ["False", "no"] and row["answers"][0] == str(right)
+    evidence = ["English is what it comes from.", "It comes from elsewhere."]
+    assert [row["passage"], row["given_counterfactual_passage"]] == (evidence if right else evidence[::-1])
+    split = finish("split", 1, [row | {"split": "all", "prior": "", "prior_known": False}]).data
+    (made,) = records(counterfactuals(split).data)
+    assert made["counterfactual"] == str(not right)
+    assert made["counterfactual_passage"] == row["given_counterfactual_passage"]
+
+
+def test_the_conflictqa_file_tells_which_evidence_says_yes(shared_data):
+    stage = read_items(shared_data / "conflictqa/conflictQA-strategyQA-chatgpt.jsonl")
+    assert stage.manifest["rows_out"] > 600
+    assert stage.manifest["rows_out"] + sum(stage.manifest["dropped"].values()) == stage.manifest["rows_in"]
+
+
+def test_a_pair_of_passages_and_a_single_answer_are_read(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    pair = {
+        "question": "Where is Ada?", "orig_answer": "Oslo", "orig_alias": ["Christiania"], "cf_answer": "Rome",
+        "orig_context": "Ada is in Oslo.", "cf_context": "Ada is in Rome.",
+    }  # fmt: skip
+    single = {"question": "Where is Bo?", "answer": " Nile", "context": "Bo is in Nile."}
+    file.write_text("\n".join(map(json.dumps, [pair, single])), encoding="utf-8")
+    first, second = records(read_items(file).data)
+    assert first["answers"] == ["Oslo", "Christiania"] and first["given_counterfactual"] == "Rome"
+    assert first["given_counterfactual_passage"] == "Ada is in Rome."
+    assert second["answers"] == ["Nile"] and second["passage"] == "Bo is in Nile."

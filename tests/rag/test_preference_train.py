@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from lab.arch import Role
 from lab.errors import BaseMismatchError, ConfigError, DataError, MissingParentsError, PatchError
 from lab.patch import Dense, Provenance, WeightPatch
 from lab.patch_io import load_saved
+from lab.scoring import score_targets
 from lab.training import fit, training_defaults
 from rag.preference.bundle import load_bundle, save_bundle
 from rag.preference.check import PAIR_FIELDS, check_rows, read_training_rows
+from rag.preference.control import equal_token_sft
 from rag.preference.knowpo import TrainingData
 from rag.preference.stage import to_dataset
 from rag.preference.train import TrainConfig, last_checkpoint, preference_trainer, train_preference
@@ -93,6 +96,49 @@ def test_the_mixed_loss_keeps_the_guard_quiet_and_checkpointing_leaves_no_trace(
     assert handle.weights_digest() == before
 
 
+@pytest.mark.parametrize("objective", ["kto", "orpo", "simpo"])
+def test_other_objectives_prefer_the_chosen_answer_too(objective):
+    handle = tiny_handle()
+    before, digest = margins(handle), handle.weights_digest()
+    config = TrainConfig(**FEW | {"max_steps": 6, "dpo_lr": 3e-2}, objective=objective)
+    trained = train_preference(handle, data(sft=False), config)
+    assert handle.weights_digest() == digest
+    assert all(math.isfinite(row["loss"]) for row in trained.curves["dpo"])
+    with trained.patch.applied(handle):
+        assert sum(margins(handle)) > sum(before) + 0.5
+
+
+def margins(handle: Any) -> list[float]:
+    """How much likelier the chosen answer is, pair by pair."""
+    likely = []
+    for side in ("chosen", "rejected"):
+        items = [(row["prompt"], row[side]) for row in PAIRS]
+        likely.append([score.sum_logprob for score in score_targets(handle, items)])
+    return [one - two for one, two in zip(*likely, strict=True)]
+
+
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(ConfigError, match="ppo"):
+        TrainConfig(objective="ppo")
+
+
+def test_the_control_sees_the_chosen_answers_and_as_many_tokens():
+    handle = tiny_handle()
+    config = TrainConfig(sft_epochs=2.0, dpo_epochs=3.0)
+    made, changed = equal_token_sft(handle, data(), config)
+    assert made.pairs is None and len(made.sft) == len(SFT) + len(PAIRS)
+
+    def tokens(*sides: str) -> int:
+        rows = [row | {"completion": row["chosen"]} for row in PAIRS]
+        return sum(
+            len(handle.tokenizer(row["prompt"] + row[side])["input_ids"]) for row in rows for side in sides
+        )
+
+    wanted = 2 * tokens("completion") + 3 * tokens("chosen", "rejected")
+    assert changed.sft_epochs * 2 * tokens("completion") == pytest.approx(wanted)
+    assert changed.dpo_epochs == config.dpo_epochs
+
+
 def test_another_reference_is_refused(tmp_path):
     from peft import LoraConfig
 
@@ -120,19 +166,22 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
+# One place by hand in each step, and one that is drawn anew in every run of the tests.
+@pytest.mark.parametrize("place", [("sft", 2), ("dpo", 3), None], ids=["sft", "dpo", "drawn"])
+def test_a_killed_run_goes_on_to_the_same_end(place, tmp_path):
+    place = place or random.SystemRandom().choice([("sft", 3), ("sft", 4), ("dpo", 2), ("dpo", 4)])
     config = TrainConfig(**FEW | {"max_steps": 4}, save_steps=1)
     whole = train_preference(tiny_handle(), data(), config, work=tmp_path / "whole", seed=2)
 
     def kill(step: str, done: int, _total: int) -> None:
-        if (step, done) == ("dpo", 3):
+        if (step, done) == place:
             raise Killed
 
     work = tmp_path / "work"
     with pytest.raises(Killed):
         train_preference(tiny_handle(), data(), config, work=work, seed=2, progress=kill)
-    checkpoint = last_checkpoint(work / "dpo")
-    assert checkpoint is not None and checkpoint.name == "checkpoint-2"
+    checkpoint = last_checkpoint(work / place[0])
+    assert checkpoint is not None and checkpoint.name == f"checkpoint-{place[1] - 1}"
     steps: list[tuple[str, int]] = []
     handle = tiny_handle()
     resumed = train_preference(
@@ -143,8 +192,11 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
         seed=2,
         progress=lambda name, done, _total: steps.append((name, done)),
     )
-    assert steps == [("dpo", 3), ("dpo", 4)]
-    assert [row["loss"] for row in resumed.curves["dpo"]] == [row["loss"] for row in whole.curves["dpo"]]
+    every = [(step, number) for step in ("sft", "dpo") for number in range(1, 5)]
+    assert steps == every[every.index(place) :], place
+    for step in ("sft", "dpo"):
+        losses = ([row["loss"] for row in run.curves[step]] for run in (resumed, whole))
+        assert next(losses) == next(losses), place
     assert resumed.patch.id == whole.patch.id
     with pytest.raises(ConfigError, match="another model, data or settings"):
         train_preference(handle, data(), config, work=work, seed=3)

@@ -15,7 +15,7 @@ from lab.tokens import encode_ids
 from rag.decoding import get_rule
 from rag.notes import ReadingNote
 from rag.prompts import FormatPrompts, PlainPrompts, prompts_for
-from rag.readers import READERS
+from rag.readers import READERS, con
 from tests.rag.facts import conflicts
 from tests.tiny import tiny_handle
 
@@ -152,3 +152,22 @@ def test_a_chat_prompt_starts_once(adds):
         )
     ids = encode_ids(tokenizer, PlainPrompts(tokenizer).closed("Q?"))
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_notes_are_written_once_for_several_rules(monkeypatch):
+    handle, asked, drafts = tiny_handle(), [], {}
+    handle.config.max_position_embeddings = 2048
+    real = con.contrast_generate
+
+    def counted(handle, prompts, *rest, **options):
+        asked.append(len(prompts))
+        return real(handle, prompts, *rest, **options)
+
+    monkeypatch.setattr(con, "contrast_generate", counted)
+    items = [("Where is Rome?", DOCUMENTS), ("Where is Paris?", DOCUMENTS[1:])]
+    for rule in ("greedy", "cad", "ck_plug:memory=0.5"):
+        reader = READERS.get("con")(handle, get_rule(rule), max_new_tokens=3)
+        alone = reader.read_many(items)
+        reader.drafts = drafts
+        assert reader.read_many(items) == alone
+    assert asked == [2, 2, 2, 0, 2, 0] and len(drafts) == 2

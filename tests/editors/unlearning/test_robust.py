@@ -57,7 +57,7 @@ def test_rmu_moves_two_matrices_and_scales_its_goal_with_the_states(name):
 
 def test_the_search_restores_answers_within_its_ball_and_not_on_padding():
     handle, site = handle_of(), Site(Role.BLOCK, 0)
-    from editors.unlearning.gradient import UnlearningTrainer
+    from editors.unlearning.trainer import UnlearningTrainer
 
     made = get_unlearner("adv_ga", **NEVER, radius=0.2, inner_steps=5)
     run = UnlearningTrainer(handle, made.objective, made.config, FORGET, (), 0)

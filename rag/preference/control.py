@@ -1,0 +1,56 @@
+"""The control of preference training: SFT on the answers that it prefers, in as many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lab.tokens import encode_ids
+from rag.preference.knowpo import TrainingData
+from rag.preference.stage import finish, records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lab.handle import ModelHandle
+    from rag.preference.train import TrainConfig
+
+
+def equal_token_sft(
+    handle: ModelHandle, data: TrainingData, config: TrainConfig
+) -> tuple[TrainingData, TrainConfig]:
+    """SFT alone that sees every title of a two-step training, and as many tokens.
+
+    Its rows are the SFT rows and the chosen answer of every pair, so that it lacks nothing but the rejected answers; its epochs
+    are set so that the tokens that it is trained on are those of both steps (a pair has its prompt twice, as the trainer reads
+    it; passes of the reference model do not count).
+
+    Args:
+        handle: Counts tokens.
+        data: What the two steps train on.
+        config: Of the two steps.
+
+    Returns:
+        Data without pairs, and the settings with other ``sft_epochs``.
+    """
+    rows = records(data.sft) if data.sft is not None else []
+    pairs = records(data.pairs) if data.pairs is not None else []
+    chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
+    mixed = [{name: row[name] for name in ("prompt", "completion")} for row in rows] + chosen
+    tokenizer = handle.tokenizer
+    first = _tokens(tokenizer, rows, ("completion",))
+    second = _tokens(tokenizer, pairs, ("chosen", "rejected"))
+    once = first + _tokens(tokenizer, chosen, ("completion",))
+    wanted = first * config.sft_epochs + second * config.dpo_epochs
+    epochs = wanted / once if once else config.sft_epochs
+    made = finish("equal_tokens", len(rows) + len(pairs), mixed, tokens=round(wanted), epochs=epochs)
+    return TrainingData(made.data, None, {**data.stages, "equal_tokens": made}), replace(
+        config, sft_epochs=epochs
+    )
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], fields: Sequence[str]
+) -> int:
+    return sum(len(encode_ids(tokenizer, row["prompt"] + row[field])) for row in rows for field in fields)
