@@ -250,6 +250,11 @@ class Scores:
     about: tuple[str, ...] = ()
     about_never: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, arms: Mapping[str, Sequence[float]]) -> Scores:
+        """From tables under ``facts``, ``oracle`` and ``never``; missing ones are empty."""
+        return cls(tuple(arms.get("facts", ())), tuple(arms.get("oracle", ())), tuple(arms.get("never", ())))
+
     def named(self, subject: AuditSubject) -> Scores:
         """The same with the subjects of the scores, where they can be told."""
 

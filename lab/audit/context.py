@@ -154,10 +154,7 @@ class StepByStep:
                     ]
                     arms[f"{kind}_{depth}"][side] = score_facts(handle, final, facts)
         report_progress(self.name, len(sides), len(sides))
-        found = {
-            name: Scores(*(tuple(arm.get(side, ())) for side in ("facts", "oracle", "never")))
-            for name, arm in arms.items()
-        }
+        found = {name: Scores.of(arm) for name, arm in arms.items()}
         curve = [
             (float(depth), sum(found[f"notes_{depth}"].facts) / len(subject.facts))
             for depth in range(1, deepest + 1)

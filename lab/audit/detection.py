@@ -263,7 +263,7 @@ def detect_patch(
     layer: int | None = None,
     folds: int = 5,
     seed: int = 0,
-) -> dict[str, Detection]:
+) -> dict[View, Detection]:
     """Tells a model from itself under a patch, on each view.
 
     Args:
@@ -339,8 +339,8 @@ def finetune_like(
 
 
 def above_control(
-    found: Mapping[str, Detection], controls: Sequence[Mapping[str, Detection]]
-) -> dict[str, float]:
+    found: Mapping[View, Detection], controls: Sequence[Mapping[View, Detection]]
+) -> dict[View, float]:
     """AUC of the change minus the best control's, per view; negative where the control is told more easily."""
     return {
         view: detection.auc - max((control[view].auc for control in controls), default=0.5)

@@ -112,7 +112,11 @@ def audit_calibration(
     rows = summaries(found)
     screen = console(json)
     title = f"{trials} divisions of {facts} on {model}: share of runs under the line"
-    screen.print(table(title, ("attack", "runs", "under the line", "mean lift", "seconds"), map(_row, rows)))
+    screen.print(
+        table(
+            title, ("attack", "runs", "under the line", "mean lift", "seconds"), [_row(row) for row in rows]
+        )
+    )
     missed = [row.attack for row in rows if row.under.n and not row.met]
     screen.print(f"under {TARGET:.0%}: {', '.join(missed) or 'none'}")
     write_json(

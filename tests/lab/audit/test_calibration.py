@@ -97,6 +97,10 @@ def test_the_command_finds_no_leak_between_halves_of_what_is_not_known(standin, 
     assert quantize["under"]["n"] == 4
     assert removal["under"]["n"] == 0
     assert removal["skipped"] == 4
+    code, out, _ = call(capsys, *words, "--trials", "4", "--out", tmp_path / "kept")
+    assert code == 0
+    assert "quantize" in out
+    assert "adapter_removal" in out
     assert call(capsys, *words, "--trials", "4", "--budget", "huge")[0] == 2
 
 
