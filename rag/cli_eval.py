@@ -27,10 +27,10 @@ FILE_CONDITIONS = ("none", "retrieved")
 _HELP = """Measure how readers and decoding rules choose between memory and documents, to one table with 95 % intervals.
 
 Without --data, facts of the built-in world are asked with a document that agrees, contradicts, is irrelevant, with none, and with
-several that contradict; noisy (three documents about others) and unanswerable (a name that nobody has) are asked where --conditions names
-them. With --data, the questions of a published file (RGB, ConflictQA, RealTimeQA, PopQA, NQ, NQ-Synth) are asked
-without documents and with what retrieval finds among all documents of the file. Writes eval.json and eval.html into --out; finished
-cells are kept in --out/cells, and the same command goes on where it was interrupted.
+several that contradict; noisy (three documents about others) and unanswerable (a name that nobody has) are asked where
+--conditions names them. With --data, the questions of a published file (RGB, ConflictQA, RealTimeQA, PopQA, NQ, CoConflictQA,
+NQ-Synth) are asked without documents and with what retrieval finds among all documents of the file. Writes eval.json and
+eval.html into --out; finished cells are kept in --out/cells, and the same command goes on where it was interrupted.
 
 Examples:
 

@@ -182,6 +182,8 @@ def write(file, rows):
          FileQuestion("q1", "Where?", ("Oslo",), ("In Oslo & elsewhere",))),
         ({"ids": "7", "question": "Who?", "answers": "[\"Ann\", \"A.\"]"}, "questions",
          FileQuestion("7", "Who?", ("Ann", "A."))),
+        ({"question": "who wrote it", "answers": ["Ann"], "context": "<P> Ann wrote <Li>it . </P>"}, "questions",
+         FileQuestion("0", "who wrote it", ("Ann",), ("Ann wrote it .",))),
         ({"input_index": 3, "context_string": "Ann wrote it . \nUsing only the references listed above, answer "
           "the following question: \nQuestion: Who wrote it ?\nAnswer:", "gold_answers": "Ann"}, "nq_synth",
          FileQuestion("3", "Who wrote it ?", ("Ann",), ("Ann wrote it .",))),
@@ -189,6 +191,17 @@ def write(file, rows):
 )  # fmt: skip
 def test_published_files_are_read_as_they_are(row, form, wanted, tmp_path):
     assert read_questions(write(tmp_path / "f.jsonl", [row])) == (form, [wanted])
+
+
+def test_a_question_of_nq_synth_that_comes_without_its_document_is_left_out(tmp_path):
+    told = "Ann wrote it . \nUsing only the references listed above, answer the following question: \nQuestion: Who ?\nAnswer:"
+    bare = "Answer the following question:\nQuestion: Who ?\nAnswer:"
+    rows = [
+        {"input_index": 0, "context_string": text, "gold_answers": "Ann", "assigned_process": number}
+        for number, text in enumerate((told, bare))
+    ]
+    _, found = read_questions(write(tmp_path / "nq.jsonl", rows))
+    assert [one.relevant for one in found] == [("Ann wrote it .",)]
 
 
 def test_files_that_are_none_of_these_and_broken_rows_are_named(tmp_path):
