@@ -154,6 +154,12 @@ def test_a_chat_prompt_starts_once(adds):
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_a_question_of_a_million_characters_is_refused_in_words(model):
+    with pytest.raises(RequestError, match=r"prompt 0 has \d+ tokens and the model .* reads") as refused:
+        READERS.get("direct")(model).read("Rome " * 200_000, DOCUMENTS)
+    assert len(str(refused.value)) < 300
+
+
 def test_notes_are_written_once_for_several_rules(monkeypatch):
     handle, asked, drafts = tiny_handle(), [], {}
     handle.config.max_position_embeddings = 2048
