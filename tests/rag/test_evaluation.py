@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -67,6 +68,11 @@ def test_a_gain_is_paired_and_needs_the_same_questions():
     new = [{"id": str(number), "right": number != 5} for number in range(10)]
     found = gain(old, new)
     assert found.mean == pytest.approx(0.1) and found.low < 0 < found.high and found.n == 10
+    # By hand: two won, one lost of ten.
+    half = 1.959964 * math.sqrt(4 - 1 / 12) / 12
+    assert (found.low, found.high) == pytest.approx((1 / 12 - half, 1 / 12 + half), abs=1e-4)
+    same = gain(old * 30, old * 30)
+    assert same.mean == 0 and 0 < same.high < 0.01 and gain([], []) is NOTHING
     with pytest.raises(ConfigError, match="same questions"):
         gain(old, new[::-1])
     cells = {
