@@ -189,11 +189,15 @@ def evaluate(
         retrieval["figures"] = {name: value.to_json() for name, value in retrieval["figures"].items()}
     for reader, curve in turned.items():
         rows = [
-            (point["dial"], point["memory"]["mean"], point["adherence"]["mean"]) for point in curve["points"]
+            (point["dial"], point["memory"]["mean"], point["adherence"]["mean"], point["ratio"])
+            for point in curve["points"]
         ]
-        screen.print(table(f"The dial of ck_plug, {reader}", ("dial", "memory", "document"), rows))
-        steady = curve["memory_never_falls"] and curve["adherence_never_rises"]
-        screen.print("It turns one way only." if steady else "It does not turn one way only.")
+        heads = ("dial", "memory", "document", "memory of both")
+        screen.print(table(f"The dial of ck_plug, {reader}", heads, rows))
+        steady = curve["memory_never_falls"] and curve["ratio_never_falls"]
+        screen.print(
+            "Memory never loses over the dial." if steady else "Memory loses over a part of the dial."
+        )
     content = {
         "model": model,
         "data": data,

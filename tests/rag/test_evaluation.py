@@ -165,6 +165,8 @@ def test_the_dial_moves_atlas_from_the_document_to_memory(shipped_atlas, capsys,
     assert [point["dial"] for point in curve["points"]] == list(DIAL)
     assert kept[-1] >= 0.8 and kept[0] < kept[-1] and followed[0] > followed[-1]
     assert curve["memory_never_falls"] == never_falls(kept)
+    ratios = [point["ratio"] for point in curve["points"]]
+    assert curve["ratio_never_falls"] == never_falls(ratios) and ratios[-1] >= 0.8
     assert len(found["cells"]) == 1
     assert "data:image/png" in (tmp_path / "out" / "eval.html").read_text()
 
