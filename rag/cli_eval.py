@@ -27,10 +27,10 @@ FILE_CONDITIONS = ("none", "retrieved")
 _HELP = """Measure how readers and decoding rules choose between memory and documents, to one table with 95 % intervals.
 
 Without --data, facts of the built-in world are asked with a document that agrees, contradicts, is irrelevant, with none, and with
-several that contradict; noisy (three documents about others) and unanswerable (a name that nobody has) are asked where --conditions names
-them. With --data, the questions of a published file (RGB, ConflictQA, RealTimeQA, PopQA, NQ, NQ-Synth) are asked
-without documents and with what retrieval finds among all documents of the file. Writes eval.json and eval.html into --out; finished
-cells are kept in --out/cells, and the same command goes on where it was interrupted.
+several that contradict; noisy (three documents about others) and unanswerable (a name that nobody has) are asked where
+--conditions names them. With --data, the questions of a published file (RGB, ConflictQA, RealTimeQA, PopQA, NQ, CoConflictQA,
+NQ-Synth) are asked without documents and with what retrieval finds among all documents of the file. Writes eval.json and
+eval.html into --out; finished cells are kept in --out/cells, and the same command goes on where it was interrupted.
 
 Examples:
 
@@ -189,11 +189,15 @@ def evaluate(
         retrieval["figures"] = {name: value.to_json() for name, value in retrieval["figures"].items()}
     for reader, curve in turned.items():
         rows = [
-            (point["dial"], point["memory"]["mean"], point["adherence"]["mean"]) for point in curve["points"]
+            (point["dial"], point["memory"]["mean"], point["adherence"]["mean"], point["ratio"])
+            for point in curve["points"]
         ]
-        screen.print(table(f"The dial of ck_plug, {reader}", ("dial", "memory", "document"), rows))
-        steady = curve["memory_never_falls"] and curve["adherence_never_rises"]
-        screen.print("It turns one way only." if steady else "It does not turn one way only.")
+        heads = ("dial", "memory", "document", "memory of both")
+        screen.print(table(f"The dial of ck_plug, {reader}", heads, rows))
+        steady = curve["memory_never_falls"] and curve["ratio_never_falls"]
+        screen.print(
+            "Memory never loses over the dial." if steady else "Memory loses over a part of the dial."
+        )
     content = {
         "model": model,
         "data": data,

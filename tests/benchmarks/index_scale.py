@@ -1,6 +1,7 @@
 """Times an index against bare Chroma, with vectors that are there already.
 
     python tests/benchmarks/index_scale.py --json results/index_scale.json [--sizes 1000,10000,100000] [--quick]
+    python tests/benchmarks/index_scale.py --json results/index_minilm.json --end-to-end 5000
 
 Random vectors of MiniLM's width and short texts of random words go into both, in the same batches, one after the other by turns, so
 that what else the machine does meets both alike. For each size: chunks a second of both and their ratio, the growth of resident memory
@@ -146,6 +147,46 @@ def one_size(size: int, questions: int) -> dict[str, Any]:
     }
 
 
+def end_to_end(count: int, questions: int) -> dict[str, Any]:
+    """A folder of about ``count`` chunks, read, cut, embedded by the offline sentence model and asked; then brought in again."""
+    from lab.atlas.forms import load_format
+    from lab.atlas.world import load_world
+    from rag.index.ingest import ingest
+
+    rng, format = np.random.default_rng(2), load_format()
+    sentences = [f"{format.statement(fact)}." for fact in load_world().facts]
+    # Twelve sentences fill more than half of a chunk, so that no two paragraphs share one.
+    drawn = rng.integers(len(sentences), size=(count, 12)).tolist()
+    paragraphs = [" ".join(sentences[at] for at in row) for row in drawn]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "docs"
+        folder.mkdir()
+        for number in range(0, count, 20):
+            text = "\n\n".join(paragraphs[number : number + 20])
+            (folder / f"{number:06d}.txt").write_text(text, encoding="utf-8")
+        with open_index(Path(place) / "index", write=True) as index:
+            index.search(sentences[0], K)
+            start = time.perf_counter()
+            done = ingest(index, folder)
+            took = time.perf_counter() - start
+            start = time.perf_counter()
+            again = ingest(index, folder)
+            took_again = time.perf_counter() - start
+            if again.added or again.unchanged != done.added:
+                raise RuntimeError("the second time wrote something")
+            latency = milliseconds(
+                lambda number: index.search(sentences[number], K), list(range(questions + 1))
+            )
+    return {
+        "chunks": done.added,
+        "seconds": took,
+        "per_second": done.added / took,
+        "again_seconds": took_again,
+        "resident_mib": _resident(),
+        "hybrid_ms": latency,
+    }
+
+
 def peak(which: str, size: int) -> float:
     """MiB by which the resident memory of this process grew while one of the two was filled and asked."""
     vectors, chunks = prepare(size)
@@ -210,7 +251,17 @@ def main() -> None:
     parser.add_argument("--sizes", default="1000,10000,100000", help="chunks, with commas between")
     parser.add_argument("--questions", type=int, default=50)
     parser.add_argument("--quick", action="store_true", help="1,000 chunks")
+    parser.add_argument(
+        "--end-to-end", type=int, metavar="CHUNKS", help="only: a folder through the offline sentence model"
+    )
     options = parser.parse_args()
+    if options.end_to_end:
+        figures = {"schema_version": 1, "command": "index_scale", "seed": 2}
+        figures |= end_to_end(options.end_to_end, options.questions)
+        print(json.dumps(figures, indent=2))
+        if options.json:
+            write_text_atomically(options.json, json.dumps(figures, indent=2) + "\n")
+        return
     sizes = [1000] if options.quick else [int(size) for size in options.sizes.split(",")]
     figures = measure(sizes, options.questions)
     print(show(figures))

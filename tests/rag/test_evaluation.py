@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -67,6 +68,11 @@ def test_a_gain_is_paired_and_needs_the_same_questions():
     new = [{"id": str(number), "right": number != 5} for number in range(10)]
     found = gain(old, new)
     assert found.mean == pytest.approx(0.1) and found.low < 0 < found.high and found.n == 10
+    # By hand: two won, one lost of ten.
+    half = 1.959964 * math.sqrt(4 - 1 / 12) / 12
+    assert (found.low, found.high) == pytest.approx((1 / 12 - half, 1 / 12 + half), abs=1e-4)
+    same = gain(old * 30, old * 30)
+    assert same.mean == 0 and 0 < same.high < 0.01 and gain([], []) is NOTHING
     with pytest.raises(ConfigError, match="same questions"):
         gain(old, new[::-1])
     cells = {
@@ -159,6 +165,8 @@ def test_the_dial_moves_atlas_from_the_document_to_memory(shipped_atlas, capsys,
     assert [point["dial"] for point in curve["points"]] == list(DIAL)
     assert kept[-1] >= 0.8 and kept[0] < kept[-1] and followed[0] > followed[-1]
     assert curve["memory_never_falls"] == never_falls(kept)
+    ratios = [point["ratio"] for point in curve["points"]]
+    assert curve["ratio_never_falls"] == never_falls(ratios) and ratios[-1] >= 0.8
     assert len(found["cells"]) == 1
     assert "data:image/png" in (tmp_path / "out" / "eval.html").read_text()
 
@@ -182,6 +190,8 @@ def write(file, rows):
          FileQuestion("q1", "Where?", ("Oslo",), ("In Oslo & elsewhere",))),
         ({"ids": "7", "question": "Who?", "answers": "[\"Ann\", \"A.\"]"}, "questions",
          FileQuestion("7", "Who?", ("Ann", "A."))),
+        ({"question": "who wrote it", "answers": ["Ann"], "context": "<P> Ann wrote <Li>it . </P>"}, "questions",
+         FileQuestion("0", "who wrote it", ("Ann",), ("Ann wrote it .",))),
         ({"input_index": 3, "context_string": "Ann wrote it . \nUsing only the references listed above, answer "
           "the following question: \nQuestion: Who wrote it ?\nAnswer:", "gold_answers": "Ann"}, "nq_synth",
          FileQuestion("3", "Who wrote it ?", ("Ann",), ("Ann wrote it .",))),
@@ -189,6 +199,17 @@ def write(file, rows):
 )  # fmt: skip
 def test_published_files_are_read_as_they_are(row, form, wanted, tmp_path):
     assert read_questions(write(tmp_path / "f.jsonl", [row])) == (form, [wanted])
+
+
+def test_a_question_of_nq_synth_that_comes_without_its_document_is_left_out(tmp_path):
+    told = "Ann wrote it . \nUsing only the references listed above, answer the following question: \nQuestion: Who ?\nAnswer:"
+    bare = "Answer the following question:\nQuestion: Who ?\nAnswer:"
+    rows = [
+        {"input_index": 0, "context_string": text, "gold_answers": "Ann", "assigned_process": number}
+        for number, text in enumerate((told, bare))
+    ]
+    _, found = read_questions(write(tmp_path / "nq.jsonl", rows))
+    assert [one.relevant for one in found] == [("Ann wrote it .",)]
 
 
 def test_files_that_are_none_of_these_and_broken_rows_are_named(tmp_path):
