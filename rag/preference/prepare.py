@@ -51,7 +51,7 @@ class Difficulty:
 
 DIFFICULTIES: Mapping[str, Difficulty] = {
     "plain": Difficulty(),
-    "hard": Difficulty(6, 1.0, 5, wording="held_out", train_wording="trained"),
+    "hard": Difficulty(4, 1.0, 3, wording="held_out", train_wording="trained"),
 }
 SPLITS = ("dev", "test", "tune", "held")
 _HELD_SHARE = 0.3
