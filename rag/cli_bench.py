@@ -66,7 +66,7 @@ def bench_preference(
         str,
         typer.Option(
             "--difficulty",
-            help="plain; hard: more documents, all hard, in wordings that nothing was trained on.",
+            help="plain; hard: every context with up to three hard distractors, in wordings that nothing was trained on.",
             rich_help_panel=BENCH_PANEL,
         ),
     ] = "plain",

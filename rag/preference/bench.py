@@ -19,7 +19,7 @@ from rag.preference.edited import edit_metrics, edit_rows
 from rag.preference.knowpo import KnowPOConfig
 from rag.preference.prepare import DIFFICULTIES, prepare, question_items, training_data
 from rag.preference.presets import train_config
-from rag.preference.stage import Dataset, Record, records
+from rag.preference.stage import Dataset, Record, Stage, records
 from rag.preference.suites import flip_rate, hierarchy_cells, observe, preference_metrics
 from rag.preference.tagged import hierarchy_rows, trust_rows
 
@@ -186,6 +186,7 @@ class PreferenceWorkshop:
     ) -> None:
         self.handle, self.bench, self.training, self.progress = handle, bench, training, progress
         self._contexts: dict[int, Dataset] = {}
+        self._begun: dict[int, Mapping[str, Stage]] = {}
 
     def run(self, way: str, seed: int) -> Record:
         """One cell: rows, metrics, seconds, and what was trained."""
@@ -257,8 +258,16 @@ class PreferenceWorkshop:
             **hard.contexts(), samples=self.bench.samples, shares=_BOTH, **WAYS[way].changes
         )
         data = training_data(
-            self.handle, "knowpo" if method == "sft" else method, items, config=config, seed=seed
+            self.handle,
+            "knowpo" if method == "sft" else method,
+            items,
+            config=config,
+            seed=seed,
+            begun=self._begun.get(seed),
         )
+        if method in ("sft", "knowpo"):
+            # The control and the ablations go on from the same pairs.
+            self._begun[seed] = data.stages
         if method == "sft":
             data, training = equal_token_sft(self.handle, data, training)
         trained = train_preference(self.handle, data, training, method=way, seed=seed, progress=self.progress)

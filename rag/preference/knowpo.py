@@ -93,8 +93,17 @@ def applied_requests(handle: ModelHandle) -> list[Mapping[str, Any]]:
     return [request for entry in handle.applied for request in entry.patch.provenance.requests]
 
 
+# What comes after these differs between KnowPO and its ablations.
+_BEFORE_WORDING = "pairs"
+
+
 def knowpo_data(
-    handle: ModelHandle, items: Stage, config: KnowPOConfig | None = None, *, seed: int = 0
+    handle: ModelHandle,
+    items: Stage,
+    config: KnowPOConfig | None = None,
+    *,
+    seed: int = 0,
+    begun: Mapping[str, Stage] | None = None,
 ) -> TrainingData:
     """All stages: edits, split, memory, counterfactuals, contexts, reading, pairs, rewriting, balance; and the SFT rows.
 
@@ -103,8 +112,14 @@ def knowpo_data(
         items: Items of any source.
         config: Settings.
         seed: Of every draw.
+        begun: Stages of an earlier call on the same model and items with the same seed, whose settings differ in ``rewrite``,
+            ``balanced``, ``ratios``, ``total`` and ``repeat`` at most: those up to the pairs are taken from there.
     """
     config = config or KnowPOConfig()
+    if begun is not None:
+        names = list(begun)
+        stages = {name: begun[name] for name in names[: names.index(_BEFORE_WORDING) + 1]}
+        return _worded(handle, config, stages, seed)
     stages = {"items": items}
 
     def add(name: str, stage: Stage) -> Dataset:
@@ -132,7 +147,16 @@ def knowpo_data(
     data = add("fitting", fitting_contexts(handle, data))
     data = add("reading", read_contexts(handle, data, skip=("sft",)))
     add("sft", sft_rows(handle, data, config.frame))
-    data = add("pairs", pairs(handle, _only(data, "dpo"), seed=seed))
+    add("pairs", pairs(handle, _only(data, "dpo"), seed=seed))
+    return _worded(handle, config, stages, seed)
+
+
+def _worded(handle: ModelHandle, config: KnowPOConfig, stages: dict[str, Stage], seed: int) -> TrainingData:
+    def add(name: str, stage: Stage) -> Dataset:
+        stages[name] = stage
+        return stage.data
+
+    data = stages["pairs"].data
     data = add("rewrite", word_pairs(handle, data, frame=config.frame, rewrite=config.rewrite))
     if config.balanced:
         data = add(

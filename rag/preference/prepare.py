@@ -51,7 +51,7 @@ class Difficulty:
 
 DIFFICULTIES: Mapping[str, Difficulty] = {
     "plain": Difficulty(),
-    "hard": Difficulty(6, 1.0, 5, wording="held_out", train_wording="trained"),
+    "hard": Difficulty(4, 1.0, 3, wording="held_out", train_wording="trained"),
 }
 SPLITS = ("dev", "test", "tune", "held")
 _HELD_SHARE = 0.3
@@ -123,9 +123,15 @@ def prepare(
 
 
 def training_data(
-    handle: ModelHandle, method: str, items: Stage, *, config: KnowPOConfig | None = None, seed: int = 0
+    handle: ModelHandle,
+    method: str,
+    items: Stage,
+    *,
+    config: KnowPOConfig | None = None,
+    seed: int = 0,
+    begun: Mapping[str, Stage] | None = None,
 ) -> TrainingData:
-    """The data of one method of ``METHODS``.
+    """The data of one method of ``METHODS``; ``begun`` belongs to ``knowpo_data``.
 
     Raises:
         ConfigError: There is no such method.
@@ -134,7 +140,7 @@ def training_data(
         raise ConfigError(f"unknown training {method!r}; use {', '.join(METHODS)}")
     config = config or KnowPOConfig()
     if method == "knowpo":
-        return knowpo_data(handle, items, config, seed=seed)
+        return knowpo_data(handle, items, config, seed=seed, begun=begun)
     stages = prepare(
         handle,
         items,
