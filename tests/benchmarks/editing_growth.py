@@ -39,7 +39,7 @@ from lab.handle import ModelHandle
 from lab.peak import reset_peak, resident
 from lab.records import EditRequest, write_text_atomically
 from lab.stats import Corpus, StatsCache
-from tests.benchmarks.editing_speed import QUICK, Size, model_of, templates
+from tests.benchmarks.speed_sides import QUICK, Size, model_of, templates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

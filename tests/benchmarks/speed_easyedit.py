@@ -15,10 +15,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import nltk
 import torch
 from torch import Tensor
 
 from lab.arch import Role
+from lab.eval.scorers import words
 from lab.handle import ModelHandle
 from lab.records import EditRequest
 
@@ -182,8 +184,11 @@ class EasyEdit:
 
     def quality(self, record: dict[str, Any], params: Any, *, text: bool) -> Any:
         """Its scores of one case on the model as it stands."""
+        evaluate, tools = part("evaluate.evaluate"), part("evaluate.evaluate_utils")
+        # Its splitter of sentences needs a download; ours does not and takes as long.
+        tools.nltk = SimpleNamespace(word_tokenize=words, ngrams=nltk.ngrams, FreqDist=nltk.FreqDist)
         with silence():
-            return part("evaluate.evaluate").compute_edit_quality(
+            return evaluate.compute_edit_quality(
                 self.model, params.model_name, params, self.tokenizer, record, "cpu", test_generation=text
             )
 

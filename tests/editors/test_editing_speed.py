@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.editing_growth import markdown, slopes
-from tests.benchmarks.editing_speed import PARTS, Size, measure
+from tests.benchmarks.editing_speed import PARTS, measure
+from tests.benchmarks.speed_sides import Size
 
 # Two blocks are written, one lies above and one below them.
 TINY = Size(4, 64, 3072, 3, 3, 2, 2, 4, 1, 1, 8, 600, (1, 2))
