@@ -310,6 +310,9 @@ class PatchStack:
 
     def _rebuild(self, changed: Applied) -> None:
         """Writes pristine bits plus the merged deltas, in order, into every tensor that the changed entry touches."""
+        if changed.mode == "sidecar":
+            # It acts beside the weights, which hold what they held.
+            return
         for name in changed._deltas:
             weight = self._handle.named_weight(name)
             if weight.quantized:
@@ -326,7 +329,9 @@ class PatchStack:
             if not merged and key not in self._pristine:
                 continue
             self._check_untouched(key, name, weight.parameter)
-            pristine = self._pristine.setdefault(key, weight.parameter.detach().clone())
+            pristine = self._pristine.get(key)
+            if pristine is None:
+                pristine = self._pristine[key] = weight.parameter.detach().clone()
             if not merged:
                 with torch.no_grad():
                     weight.parameter.copy_(pristine)
@@ -335,6 +340,15 @@ class PatchStack:
                 continue
             wide = torch.promote_types(pristine.dtype, torch.float32)
             total = pristine.to(wide, copy=True)
+            if (
+                wide == pristine.dtype
+                and key in self._written
+                and self._entries[-1] is changed
+                and merged[-1] is changed._deltas[name]
+                and sum(any(delta is own for own in changed._deltas.values()) for delta in merged) == 1
+            ):
+                # On top of everything, in a weight that holds every sum unrounded: the bits are those of a replay.
+                total, merged = weight.parameter.detach().clone(), merged[-1:]
             for delta in merged:
                 dense = delta.dense().to(device=total.device, dtype=wide)
                 total += dense.T if weight.transposed else dense

@@ -41,6 +41,7 @@ from editors.spread import SpreadEditor, prepare
 from lab.arch import Role
 from lab.data.cases import EditCase
 from lab.eval import SuiteOptions, evaluate_editing, get_suite
+from lab.handle import ModelHandle
 from lab.patch import LowRank, Provenance, WeightPatch
 from lab.records import EditRequest, write_text_atomically
 from tests.benchmarks.speed_sides import (
@@ -205,15 +206,15 @@ def alphaedit(sides: Sides) -> dict[str, Any]:
     }
     values = given_values(sides, requests, last)
     shared = shared_ready(sides, editor, requests[0])
-    first = sides.ours
+    # A handle of its own, whose many patches need not be undone one by one afterwards.
+    first = ModelHandle.wrap(sides.ours.model, sides.ours.tokenizer, name=sides.ours.name)
     patches: list[WeightPatch] = []
-    applied = []
 
     def write(begin: int, end: int) -> None:
         for request, value in zip(requests[begin:end], values[begin:end], strict=True):
             ready = replace(shared, values=(value,))
             patch = editor._patch(first, [request], ready, tuple(patches), kept, None)
-            applied.append(patch.apply(first))
+            patch.apply(first)
             patches.append(patch)
 
     projectors = [kept[layer].dense().float() for layer in size.edited]
@@ -255,8 +256,7 @@ def alphaedit(sides: Sides) -> dict[str, Any]:
     early = ours.cpu / writes
     ours += timed(lambda: write(writes, size.sequence))[1]
     scale = size.sequence / writes
-    for each in reversed(applied):
-        each.undo()
+    restore(sides.ours, start)
     row = summary(ours, plain * scale, easy * scale if sides.easy else None, found, theirs)
     return row | {
         "sequence": size.sequence,

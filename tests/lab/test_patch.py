@@ -358,3 +358,30 @@ def test_dense_export_needs_a_rank_and_reports_the_error(tmp_path: Path) -> None
     ]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-5
+
+
+def test_a_patch_on_top_of_many_leaves_the_bits_of_a_replay():
+    """Applying adds to what is there; undoing replays from the pristine weights; both must give the same bits."""
+    handle = tiny_handle("llama")
+    weight = handle.weight(Role.MLP_OUT, 1)
+    made = []
+    for seed in range(4):
+        draw = torch.Generator().manual_seed(seed)
+        left, right = (
+            torch.randn(*size, generator=draw) for size in ((weight.shape[0], 2), (2, weight.shape[1]))
+        )
+        made.append(WeightPatch(handle.fingerprint, {weight.name: LowRank(left, right)}, Provenance("made")))
+    pristine = weight.parameter.detach().clone()
+    first = [patch.apply(handle) for patch in made[:3]]
+    grown = weight.parameter.detach().clone()
+    expected = pristine.clone()
+    for patch in made[:3]:
+        expected += patch.deltas[weight.name].dense()
+    assert torch.equal(grown, expected)
+    with made[3].applied(handle, mode="sidecar"):
+        assert torch.equal(weight.parameter, grown), "beside the weights, not in them"
+    made[3].apply(handle).undo()
+    assert torch.equal(weight.parameter, grown), "the replay has the same bits"
+    for entry in first:
+        entry.undo()
+    assert torch.equal(weight.parameter, pristine)
