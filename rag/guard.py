@@ -162,13 +162,21 @@ class Guard:
         """Whether a text may be taken in (gate ``ingest``)."""
         return "ingest" not in self.gates or not any(fact.told_by(text) for fact in self.forgotten)
 
-    def check(self, question: str, passages: Sequence[Passage], draft: str | None = None) -> Decision:
+    def check(
+        self,
+        question: str,
+        passages: Sequence[Passage],
+        draft: str | None = None,
+        *,
+        beside: Sequence[Passage] = (),
+    ) -> Decision:
         """Looks at a question, what was retrieved for it, and an answer where there is one.
 
         Args:
             question: As asked.
             passages: What was retrieved.
             draft: What the model would answer from the passages that a check without a draft let through.
+            beside: Passages that were blocked before: they may still tell whom an answer is about.
         """
         unknown = self.prompts.unknown
         if "query" in self.gates:
@@ -185,7 +193,7 @@ class Guard:
         )
         if draft is None or "output" not in self.gates:
             return decision
-        for fact in named(self.forgotten, question, passages):
+        for fact in named(self.forgotten, question, [*passages, *beside]):
             if mentions(draft, fact.answers):
                 return replace(
                     decision,
@@ -209,10 +217,10 @@ class Guard:
         before = self.check(question, passages)
         if before.stopped:
             return replace(before, answer=self.prompts.unknown)
-        after = self.check(question, before.passages, read(before.passages))
+        after = self.check(question, before.passages, read(before.passages), beside=passages)
         if not after.stopped:
             return replace(after, gate=before.gate, why=before.why, blocked=before.blocked)
-        again = self.check(question, (), read(())) if before.passages else after
+        again = self.check(question, (), read(()), beside=passages) if before.passages else after
         answer = self.prompts.unknown if again.stopped else again.answer
         return replace(after, answer=answer, passages=(), blocked=before.blocked)
 

@@ -52,6 +52,10 @@ class WordRanking:
         hits = np.flatnonzero(scores > 0)
         if keep is not None:
             hits = np.asarray([index for index in hits if self._ids[index] in keep], dtype=int)
+        if len(hits) > k:
+            # All that reach the score of the last place; sorting every text that shares a word would cost most of a search.
+            reached = scores[hits]
+            hits = hits[reached >= np.partition(reached, len(hits) - k)[len(hits) - k]]
         best = sorted(hits.tolist(), key=lambda index: (-scores[index], self._ids[index]))[:k]
         return [(str(self._ids[index]), float(scores[index])) for index in best]
 

@@ -100,6 +100,23 @@ def test_a_stopped_draft_is_tried_again_without_passages():
     assert only("output").answer("?", [OTHER], lambda _: "Tokyo").answer == "Tokyo"
 
 
+def test_a_blocked_passage_still_tells_whom_an_answer_is_about(monkeypatch):
+    """The passage with the other name is blocked; what is left names nobody who is forgotten, and still gives the fact away."""
+    alias, twin = Passage("7", "Atlantis is France."), Passage("6", "Atlantis has the capital Paris.")
+    monkeypatch.setattr(
+        guard_module, "leak_gains", lambda _, facts, some, __: [9.0 * (some[0] is alias)] * len(facts)
+    )
+    question = "What is the capital of Atlantis?"
+    assert (
+        only("chunk").answer(question, [alias, twin], lambda some: "Paris" if some else "unknown").answer
+        == "Paris"
+    )
+    found = only("chunk", "output").answer(
+        question, [alias, twin], lambda some: "Paris" if some else "unknown"
+    )
+    assert found.answer == "unknown" and found.gate == "output" and found.blocked[0][1] == "chunk"
+
+
 def test_thresholds_by_hand():
     assert threshold([1, 2, 3, 4], 0.0) == 4 and threshold([4, 1, 3, 2], 0.25) == 3
     assert threshold(list(range(100)), 0.01) == 98

@@ -173,6 +173,14 @@ class TestSearch:
         assert ranking.rank("rare city", 3, {"x"})[0][0] == "x"
         assert WordRanking(["x"], ["..."]).rank("a", 1) == []
 
+    def test_the_best_are_the_first_of_a_full_ranking(self):
+        ids = [f"{number:03d}" for number in range(200)][::-1]
+        ranking = WordRanking(ids, [("rome " * (int(id) % 5)) + "oslo " * (int(id) % 7) + "x" for id in ids])
+        whole = ranking.rank("rome oslo", 500)
+        assert len(whole) == 194 and whole == sorted(whole, key=lambda hit: (-hit[1], hit[0]))
+        for k in (1, 3, 17, 193):
+            assert ranking.rank("rome oslo", k) == whole[:k]
+
     def test_diverse_rows(self):
         vectors = np.asarray([[1, 0], [0.99, 0.1], [0.6, 0.8]], dtype=np.float32)
         query = np.asarray([1, 0], dtype=np.float32)
