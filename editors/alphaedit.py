@@ -12,21 +12,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from editors.base import Editor, EditorOptions, Method, carried, make_patch, temporarily
+from editors.base import (
+    Editor,
+    EditorOptions,
+    Method,
+    carried,
+    check_layers,
+    key_stats,
+    make_patch,
+    settle,
+)
 from editors.rows import check_requests
 from editors.spread import (
+    PREFIX_LENGTHS,
     Ready,
     SpreadConfig,
     SpreadMethod,
-    context_rows,
     each_alone,
-    mean_keys,
     prepare,
     spread,
     spread_note,
@@ -36,7 +44,7 @@ from lab.errors import ConfigError
 from lab.handle import ModelHandle
 from lab.patch import Carry, WeightPatch
 from lab.records import EditRequest
-from lab.stats import KeyStats, Projector, null_space_factors
+from lab.stats import KeyStats, PastGram, Projector, null_space_factors
 
 KIND = "alphaedit"
 """Of what its patches carry."""
@@ -71,9 +79,15 @@ _METHOD = SpreadMethod("alphaedit", AlphaEditConfig)
 
 @dataclass(frozen=True)
 class AlphaEditor:
-    """AlphaEdit; see the module. Make one with ``get_editor``."""
+    """AlphaEdit; see the module. Make one with ``get_editor``.
+
+    Attributes:
+        options: How to run.
+        grams: Layer to what was computed of the past; only saves time, whatever sequence comes next.
+    """
 
     options: EditorOptions
+    grams: dict[int, PastGram] = field(default_factory=dict, repr=False, compare=False)
 
     def edit(
         self,
@@ -99,7 +113,14 @@ class AlphaEditor:
         check_requests(requests, one_per_subject=False)
         with handle.writing():
             ready = prepare(handle, self.options, _METHOD, requests, progress)
-            return self._patch(handle, requests, ready, tuple(history or ()), _projectors(ready), progress)
+            return self._patch(
+                handle,
+                requests,
+                ready,
+                tuple(history or ()),
+                _projectors(ready.config, ready.stats),
+                progress,
+            )
 
     def edit_many(
         self, handle: ModelHandle, requests: Sequence[EditRequest], *, progress: Progress | None = None
@@ -109,10 +130,21 @@ class AlphaEditor:
             return []
         with handle.writing():
             ready = prepare(handle, self.options, _METHOD, requests, progress)
-            kept = _projectors(ready)
+            kept = _projectors(ready.config, ready.stats)
             return each_alone(
                 requests, ready, lambda one, its: self._patch(handle, one, its, (), kept, None), progress
             )
+
+    def ranks(self, handle: ModelHandle) -> dict[int, int]:
+        """Layer to the rank of the null space that edits of this model are confined to.
+
+        Raises:
+            ConfigError: The threshold keeps no direction, or all of them.
+        """
+        config, _ = settle(handle, self.options, "alphaedit", AlphaEditConfig, PREFIX_LENGTHS)
+        check_layers(handle, config.layers)
+        kept = _projectors(config, key_stats(handle, self.options, config.layers, None))
+        return {layer: projector.rank for layer, projector in kept.items()}
 
     def _patch(
         self,
@@ -124,24 +156,27 @@ class AlphaEditor:
         progress: Progress | None,
     ) -> WeightPatch:
         layers = ready.config.layers
-        past = past_keys(handle, history, ready)
+        blocks = past_keys(handle, history, ready)
+        past = {
+            layer: self.grams.setdefault(layer, PastGram()).over(kept[layer], blocks[layer])
+            for layer in layers
+        }
 
         def solve(layer: int, keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-            return null_space_factors(kept[layer], keys, residuals, past[layer], ready.config.l2)
+            earlier, gram = past[layer]
+            return null_space_factors(kept[layer], keys, residuals, earlier, ready.config.l2, gram)
 
         parents = [entry.patch.id for entry in handle.applied]
         done = spread(handle, requests, ready, _METHOD, solve, progress)
-        with temporarily(handle, done.deltas):
-            new = mean_keys(handle, context_rows(handle, requests, ready), ready, layers)
         # As precise as the model itself; half the size where that is fp32.
         dtype = torch.promote_types(handle.dtype, torch.float32)
-        carry = Carry(KIND, {_name(layer): keys.to(dtype) for layer, keys in new.items()})
+        carry = Carry(KIND, {_name(layer): keys.to(dtype) for layer, keys in done.keys.items()})
         extra: dict[str, Any] = {
             **spread_note(_METHOD, requests, ready, done),
             "null_space": [_rank_note(layer, ready.stats[layer], kept[layer]) for layer in layers],
             "history": {
                 "patches": [patch.id for patch in history],
-                "keys": past[layers[0]].shape[1],
+                "keys": past[layers[0]][0].shape[1],
                 "without_keys": [patch.id for patch in history if not carried([patch], KIND)],
             },
         }
@@ -152,8 +187,8 @@ class AlphaEditor:
 
 def past_keys(
     handle: ModelHandle, history: Sequence[WeightPatch], ready: Ready[AlphaEditConfig]
-) -> dict[int, Tensor]:
-    """Keys of earlier edits, layer to ``[in, n]`` fp64, oldest first; ``n = 0`` without any.
+) -> dict[int, list[Tensor]]:
+    """Keys of earlier edits, layer to ``[in, n_i]`` of each patch, oldest first.
 
     Raises:
         ConfigError: A patch carries keys, but not of a layer that is edited now.
@@ -169,15 +204,15 @@ def past_keys(
         )
     found = {}
     for layer in ready.config.layers:
-        parts = [torch.empty(len(ready.stats[layer].moment), 0, dtype=torch.float64)]
+        parts = []
         for carry in carries:
             if _name(layer) not in carry.tensors:
                 raise ConfigError(
                     f"an earlier patch carries keys of {', '.join(sorted(carry.tensors))}, but layer {layer} is edited now; "
                     "edit the same layers throughout a sequence"
                 )
-            parts.append(carry.tensors[_name(layer)].double())
-        found[layer] = torch.cat(parts, dim=1)
+            parts.append(carry.tensors[_name(layer)])
+        found[layer] = parts
     return found
 
 
@@ -185,10 +220,10 @@ def _name(layer: int) -> str:
     return f"layer {layer}"
 
 
-def _projectors(ready: Ready[AlphaEditConfig]) -> dict[int, Projector]:
-    config, found = ready.config, {}
+def _projectors(config: AlphaEditConfig, statistics: Mapping[int, KeyStats]) -> dict[int, Projector]:
+    found = {}
     for layer in config.layers:
-        stats = ready.stats[layer]
+        stats = statistics[layer]
         scale = float(stats.moment.diagonal().mean()) if config.threshold_mode == "relative" else 1.0
         try:
             found[layer] = stats.null_space(config.nullspace_threshold * scale)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from editors.base import Editor
     from editors.timing import Clock
     from lab.data.cases import CaseSet
+    from lab.eval.baseline import BaselineCache
     from lab.eval.report import Report
     from lab.eval.suite import Suite, Values
     from lab.handle import ModelHandle
@@ -176,7 +177,6 @@ class Workshop:
     """
 
     def __init__(self, options: BenchOptions) -> None:
-        from lab.eval.baseline import BaselineCache
 
         self.options = options
         self._model: tuple[str, ModelHandle, BaselineCache] | None = None
@@ -268,6 +268,10 @@ class Workshop:
     def open(self, name: str) -> ModelHandle:
         """The model of that name; the one that is open already, where it is that."""
         return self._open(name)[0]
+
+    def cache(self, name: str) -> BaselineCache:
+        """What the model of that name answered as it was, as far as it was asked."""
+        return self._open(name)[1]
 
     def cases_of(self, cell: Cell) -> CaseSet:
         """The cases that a cell draws from."""

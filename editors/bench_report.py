@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 from editors.bench import Row, pool_cases
 from lab.errors import ConfigError
 from lab.eval import html, render
-from lab.eval.report import Report
+from lab.eval.report import Report, save_comparison
 from lab.eval.retention import Retention, held_by_age
 from lab.eval.stats import Estimate
 from lab.eval.suites import SuiteOptions, get_suite
-from lab.records import write_text_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHOWN_SKIPS = 40
-FORMS = ("json", "html", "md", "csv", "tex")
 HEADLINES = ("score", "multi_hop", "multi_hop_accuracy", "success", "efficacy")
 """What a line of the overview shows: the first of these that a suite has."""
 
@@ -166,18 +163,13 @@ class Comparison:
             folder: Where to.
             content: The JSON document.
         """
-        writers = {
-            "json": lambda: json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n",
+        forms = {
             "html": lambda: page(self),
             "md": lambda: markdown(self),
             "csv": lambda: csv_text(self),
             "tex": lambda: latex(self),
         }
-        paths = []
-        for form in FORMS:
-            paths.append(Path(folder) / f"bench.{form}")
-            write_text_atomically(paths[-1], writers[form]())
-        return paths
+        return save_comparison(folder, "bench", content, forms)
 
 
 def columns(group: Sequence[Entry]) -> list[Report]:

@@ -10,8 +10,10 @@ import typer
 
 from editors import (
     cli_bench,
+    cli_bench_audit,
     cli_bench_restor,
     cli_bench_sadr,
+    cli_bench_sequence,
     cli_bench_unlearning,
     cli_eval,
     cli_train,
@@ -32,6 +34,8 @@ app.add_typer(cli_eval.app)
 # With `bench sadr`, which joins the same group.
 app.add_typer(cli_bench_sadr.app)
 cli_bench.bench.command("unlearning", help=cli_bench_unlearning.HELP)(cli_bench_unlearning.bench_unlearning)
+cli_bench.bench.command("sequence", help=cli_bench_sequence.HELP)(cli_bench_sequence.bench_sequence)
+cli_bench.bench.command("audit", help=cli_bench_audit.HELP)(cli_bench_audit.bench_audit)
 cli_bench.bench.command("restor", help=cli_bench_restor.HELP)(cli_bench_restor.bench_restor)
 app.add_typer(cli_train.app)
 app.add_typer(cli_tune.app)

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["app", "bench_sadr", "numbers"]
 
 COMMAND = "bench sadr"
+_DRIFT_CASES = 16
 
 _HELP = """Measure SADR: each editor plain, plain without stopping early, and with the penalty at several weights.
 
 Prints the share of the relation and distracted-neighborhood loss that the penalty regains, with 95 % intervals from resampling cases
-in pairs, and writes sadr.json, sadr.html, curve.png and a map of attention drift per run of one edit into --out. Finished runs lie in
---out/cells; the same command goes on where it was interrupted.
+in pairs, and writes sadr.json, sadr.html, curve.png and for each run a map of the attention drift of its first 16 edits into --out.
+Finished runs lie in --out/cells; the same command goes on where it was interrupted.
 
 Example:
 
@@ -104,12 +105,13 @@ def bench_sadr(
         dtype=dtype,
         quantize=quantize,
         batch_size=batch_size,
+        drift=_DRIFT_CASES,
     )
     variants = plan(names, numbers(gammas), suite, model, seed, options, all_steps=all_steps)
     shop = Workshop(options)
     with progress() as advance:
         rows, kept = _run(shop, variants, out / CELLS, advance)
-        maps = _maps(shop, variants, out)
+    maps = _maps(variants, rows, out)
     found = entries(variants, rows)
     heads, lines = table_lines(found)
     screen = console(json)
@@ -157,25 +159,21 @@ def _run(shop: Workshop, variants: tuple[Variant, ...], folder: Path, advance: A
     return rows, kept
 
 
-def _maps(shop: Workshop, variants: tuple[Variant, ...], out: Path) -> dict[str, Path]:
-    """Attention drift of the first case's edit: of each editor plain, and with the penalty at its largest weight."""
-    from editors.base import get_editor
-    from lab.attention import attention_drift
+def _maps(variants: tuple[Variant, ...], rows: list[Any], out: Path) -> dict[str, Path]:
+    """Maps of the attention drift that each run kept, by name of the run."""
+    import torch
 
-    # Weights rise, so that the last one stays.
-    largest = {variant.editor: variant for variant in variants if variant.kind == "sadr"}
+    from lab.attention import plot_drift
+
     found = {}
-    for variant in [v for v in variants if v.kind == "plain"] + list(largest.values()):
-        file = out / f"drift-{variant.editor}-{'plain' if variant.kind == 'plain' else 'sadr'}.png"
-        found[variant.name] = file
-        handle, cases = shop.open(variant.cell.model), shop.cases_of(variant.cell)
-        request = next((case.requests[0] for case in cases if not case.unsupported and case.requests), None)
-        if request is None:
-            raise ConfigError(f"the suite {variant.cell.suite!r} has no case that can be edited")
-        options = variant.options
-        editor = get_editor(
-            variant.cell.editor, corpus=options.corpus, seed=variant.cell.seed, **options.settings_of("")
+    for variant, row in zip(variants, rows, strict=True):
+        drift = row.get("attention_drift")
+        if drift is None:
+            continue
+        end = variant.kind if variant.gamma is None else f"{variant.kind}-{variant.gamma:g}"
+        file = out / f"drift-{variant.editor}-{end}.png"
+        heads, largest = (
+            torch.tensor(drift[name], dtype=torch.float64) for name in ("drift", "max_head_drift")
         )
-        patch: Any = editor.edit(handle, [request])
-        attention_drift(handle, patch, [request.prompt], [request.subject]).plot(file)
+        found[variant.name] = plot_drift(file, heads, largest, drift["prompts"])
     return found

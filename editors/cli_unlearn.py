@@ -83,6 +83,16 @@ def unlearn(
             show_default=False,
         ),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            help="Folder that keeps the state of a method that trains after every pass; the same command goes on from it. Emptied at "
+            "the end.",
+            rich_help_panel=opt.RUN_PANEL,
+            show_default=False,
+        ),
+    ] = None,
     limit: Annotated[
         int,
         typer.Option(
@@ -106,6 +116,8 @@ def unlearn(
     if out is not None:
         check_out(out, force)
     from editors.unlearning import get_unlearner
+    from editors.unlearning.checkpoint import clear
+    from editors.unlearning.gradient import with_checkpoint
     from editors.unlearning.material import WORLD, gather, knowledge, oracle_name
     from editors.unlearning.presets import tuned_settings
     from lab.cli.session import open_model
@@ -113,7 +125,10 @@ def unlearn(
     from lab.peak import peak_memory
 
     chosen = options.overrides(settings)
-    get_unlearner(method, seed=seed, **chosen)  # a wrong setting is said before anything is loaded
+    # A wrong setting is said before anything is loaded.
+    early = get_unlearner(method, seed=seed, **chosen)
+    if checkpoint is not None:
+        with_checkpoint(early, checkpoint)
     material = gather(
         forget,
         None if retain is None else str(retain),
@@ -129,6 +144,8 @@ def unlearn(
         leaks = leaks_of(read_report(harden), model=model, facts=forget)
     handle = open_model(model, patch, device=device, dtype=dtype)
     unlearner = get_unlearner(method, seed=seed, **{**tuned_settings(handle, method), **chosen})
+    if checkpoint is not None:
+        unlearner = with_checkpoint(unlearner, checkpoint)
 
     def ask(asked: ModelHandle) -> dict[str, Any]:
         return {group: knowledge(asked, getattr(material, group)) for group in GROUPS}
@@ -159,6 +176,8 @@ def unlearn(
     name = oracle_name(model, forget)
     oracle = ask(ModelHandle.load(name, dtype=dtype, device=device)) if name is not None else None
     saved = change.save(out, overwrite=force) if out is not None else None
+    if checkpoint is not None:
+        clear(checkpoint)
 
     screen = console(json)
     columns = ("facts", "before", "after", "oracle", "accuracy before", "after", "oracle")

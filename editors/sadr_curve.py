@@ -175,6 +175,7 @@ def entries(variants: Sequence[Variant], rows: Sequence[Row]) -> list[dict[str, 
             "metrics": {name: row["metrics"][name] for name in SHOWN if name in row["metrics"]},
             "before": {name: row["before"][name] for name in SHOWN if name in row["before"]},
             "seconds_per_edit": row["seconds_per_edit"],
+            "attention_drift": row.get("attention_drift"),
             "regained": {},
         }
         if variant.kind == "sadr":
@@ -197,13 +198,14 @@ def table_lines(found: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
     metrics = [name for name in SHOWN if any(name in entry["metrics"] for entry in found)]
     shared = [name for name in KEPT[:2] if name in metrics]
     heads = ["run", *metrics, *(f"{name} regained of {against}" for against in REFERENCES for name in shared)]
+    heads.append("largest head drift")
     lines = []
     for entry in found:
         cells = [_cell(entry["metrics"].get(name)) for name in metrics]
         cells += [
             _cell(entry["regained"].get(against, {}).get(name)) for against in REFERENCES for name in shared
         ]
-        lines.append([entry["name"], *cells])
+        lines.append([entry["name"], *cells, _largest(entry["attention_drift"])])
     return heads, lines
 
 
@@ -211,6 +213,11 @@ def _cell(figure: Mapping[str, Any] | None) -> str:
     if figure is None or figure["mean"] is None:
         return "–"
     return f"{figure['mean']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
+def _largest(drift: Mapping[str, Any] | None) -> str:
+    """SADR's measure of the drift, at the layer where it is largest."""
+    return "–" if drift is None else f"{max(drift['max_head_drift']):.3f}"
 
 
 def curve_plot(found: Sequence[Mapping[str, Any]]) -> Figure:
@@ -295,6 +302,6 @@ def page(found: Sequence[Mapping[str, Any]], title: str, maps: Mapping[str, byte
     heads, lines = table_lines(found)
     parts = [f"<h1>{escape(title)}</h1>", html_table(heads, lines)]
     parts += ["<h2>Over the weight of the penalty</h2>", figure_html(curve_plot(found), "figures over gamma")]
-    parts.append("<h2>Attention to the subject after one edit</h2>")
+    parts.append("<h2>Attention to the subject after an edit</h2>")
     parts += [f"<h3>{escape(caption)}</h3>{png_html(data, caption)}" for caption, data in maps.items()]
     return document(title, parts)

@@ -30,7 +30,7 @@ from editors.base import (
     value_trace,
 )
 from editors.easing import Easing
-from editors.keys import mean_over_contexts, read_keys, read_sites
+from editors.keys import mean_over_contexts
 from editors.rows import FACT_TOKENS, EditRow, FactToken, check_requests, request_rows
 from editors.values import Progress, ValueResult, optimise_value
 from lab.arch import Role
@@ -38,6 +38,7 @@ from lab.errors import ConfigError
 from lab.handle import ModelHandle
 from lab.patch import LowRank, WeightPatch
 from lab.records import EditRequest
+from lab.resume import HeldRows
 from lab.stats import KeyStats
 from lab.trace import Site
 
@@ -125,10 +126,18 @@ class Ready(Generic[ConfigT]):
 
 @dataclass(frozen=True)
 class Spread:
-    """The updates of all layers, and what a patch says about each."""
+    """What the layers were given.
+
+    Attributes:
+        deltas: The updates of all layers, by parameter.
+        notes: What a patch says about each.
+        keys: Layer to each request's mean key, ``[in, B]`` fp64: under the updates below, and so under all of them, for a key does
+            not depend on what its own layer and those above write.
+    """
 
     deltas: dict[str, LowRank]
     notes: list[dict[str, Any]]
+    keys: dict[int, Tensor]
 
 
 def prepare(
@@ -166,15 +175,6 @@ def context_rows(
     return [row for request in requests for row in request_rows(handle, request, contexts, token)]
 
 
-def mean_keys(
-    handle: ModelHandle, rows: Sequence[EditRow], ready: Ready[ConfigT], layers: Sequence[int]
-) -> dict[int, Tensor]:
-    """Each request's mean key under the weights as they stand, layer to ``[in, B]`` fp64."""
-    weights = ready.plan.prefixes.weights("groups")
-    read = read_keys(handle, rows, layers)
-    return {layer: mean_over_contexts(read[layer].keys, weights).T for layer in layers}
-
-
 def spread(
     handle: ModelHandle,
     requests: Sequence[EditRequest],
@@ -192,15 +192,22 @@ def spread(
     targets = torch.stack(
         [value.target.to(device="cpu", dtype=torch.float64) for value in ready.values], dim=1
     )
-    rows = context_rows(handle, requests, ready)
-    plain = rows[:: len(ready.plan.prefixes.flat)]
+    rows = [row.prompt for row in context_rows(handle, requests, ready)]
+    weights = ready.plan.prefixes.weights("groups")
     site = Site(ready.role, layers[-1])
     deltas: dict[str, LowRank] = {}
     notes: list[dict[str, Any]] = []
+    read: dict[int, Tensor] = {}
+    # Blocks below the first written one are run once, those above as often as something below them has changed.
+    held = HeldRows(handle, rows, layers[0], layers[-1])
+    plain = HeldRows(handle, rows[:: len(weights)], layers[0], layers[-1])
     for index, layer in enumerate(layers):
+        key = Site(Role.MLP_OUT, layer, "in")
         with temporarily(handle, deltas):
-            keys = mean_keys(handle, rows, ready, [layer])[layer]
-            now = read_sites(handle, plain, [site], site)[site].T
+            held.move_to(layer)
+            plain.move_to(layer)
+            keys = read[layer] = mean_over_contexts(held.read([key], key)[key], weights).T
+            now = plain.read([site], site)[site].T
         missing = targets - now
         left, right = solve(layer, keys, missing / method.divisor(len(layers) - index))
         weight = handle.weight(Role.MLP_OUT, layer)
@@ -216,7 +223,7 @@ def spread(
         )
         if progress is not None:
             progress("layers", index + 1, len(layers))
-    return Spread(deltas, notes)
+    return Spread(deltas, notes, read)
 
 
 def spread_note(

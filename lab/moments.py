@@ -69,8 +69,17 @@ class KeyStats:
         return Factor(unit.cholesky, float(weight), unit.ridge, unit.relative_ridge)
 
     def null_space(self, threshold: float) -> Projector:
-        """Projector onto the eigenvectors with eigenvalues below ``threshold``; see ``solve.null_space``."""
-        return null_space(self.moment, threshold)
+        """Projector onto the eigenvectors with eigenvalues below ``threshold``; see ``solve.null_space``.
+
+        The decomposition is made once per layer and threshold.
+        """
+        if threshold not in self._projectors:
+            self._projectors[threshold] = null_space(self.moment, threshold)
+        return self._projectors[threshold]
+
+    @cached_property
+    def _projectors(self) -> dict[float, Projector]:
+        return {}
 
 
 def default_tokens(width: int) -> int:

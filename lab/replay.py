@@ -244,7 +244,7 @@ class Replay:
                 elif Role.MLP in moved:
                     # The MLP reads the changed attention here, so that its own change comes on top of a real run.
                     hooks.append(handle.module(Role.MLP, layer).register_forward_hook(add_to_mlp))
-            with _forwards(stubs):
+            with replaced_forwards(stubs):
                 yield
         finally:
             for hook in hooks:
@@ -263,7 +263,7 @@ def _added(value: Tensor, shift: Tensor) -> Tensor:
 
 
 @contextmanager
-def _forwards(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def replaced_forwards(stubs: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Replaces the forward of each module, and silences its hooks, for the length of a ``with``.
 
     What a stub answers was recorded behind the module's hooks (a patch's sidecar is one), so they must not act twice.

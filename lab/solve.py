@@ -6,6 +6,7 @@ offers fp32. Shapes: ``in`` is the width of the edited matrix's input, ``out`` o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,12 +128,18 @@ def emmet_factors(factor: Factor, keys: Tensor, residuals: Tensor, mu: float = 0
 
 
 def null_space_factors(
-    projector: Projector, keys: Tensor, residuals: Tensor, past: Tensor, ridge: float
+    projector: Projector,
+    keys: Tensor,
+    residuals: Tensor,
+    past: Tensor,
+    ridge: float,
+    past_gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """AlphaEdit's update ``Δᵀ = [P (K Kᵀ + K_p K_pᵀ) + ridge I]⁻¹ P K Rᵀ`` as two thin matrices.
 
     The solution lies in the range of ``P``. With ``Y = P [K_p, K]`` and ``G = Yᵀ Y + ridge I`` it is
-    ``Δ = R (last B rows of G⁻¹ Yᵀ)``: a system over the edits so far instead of over the width of the keys.
+    ``Δ = R (last B rows of G⁻¹ Yᵀ)``: a system over the edits so far instead of over the width of the keys. As ``P`` is a
+    projector, ``Yᵀ Y = [K_p, K]ᵀ P [K_p, K]``, of which only the part with ``K`` is new.
 
     Args:
         projector: ``P``.
@@ -140,6 +147,7 @@ def null_space_factors(
         residuals: ``R``, ``[out, B]``.
         past: ``K_p``, ``[in, n]``, keys of earlier edits; ``[in, 0]`` where there are none.
         ridge: λ₂, positive.
+        past_gram: ``K_pᵀ P K_p``, ``[n, n]``, where it is known (``PastGram``).
 
     Returns:
         ``left [out, B]`` and ``right [B, in]``, fp64, with ``Δ = left @ right``.
@@ -156,16 +164,67 @@ def null_space_factors(
         )
     if residuals.dim() != 2 or residuals.shape[1] != keys.shape[1]:
         raise ConfigError(f"{keys.shape[1]} keys need as many residuals, not {tuple(residuals.shape)}")
-    kept = projector.apply(torch.cat([_fp64(past), _fp64(keys)], dim=1))
-    gram = kept.T @ kept
+    before, new = _fp64(past), _fp64(keys)
+    known = before.T @ projector.apply(before) if past_gram is None else past_gram
+    if known.shape != (before.shape[1], before.shape[1]):
+        raise ConfigError(f"{before.shape[1]} past keys have no Gram matrix of {tuple(known.shape)}")
+    gram = _grown(known, before, new, projector.apply(new))
     identity = torch.eye(gram.shape[0], dtype=torch.float64)
     lower, info = torch.linalg.cholesky_ex((gram + gram.T) / 2 + ridge * identity)
     if int(info) != 0 or not bool(torch.isfinite(lower).all()):
         raise NumericalError(
             "the system over the edits cannot be factored; keys are not finite or the ridge is too small"
         )
-    chosen = torch.cholesky_solve(identity[:, past.shape[1] :], lower)
-    return _fp64(residuals), (kept @ chosen).T
+    count = before.shape[1]
+    chosen = torch.cholesky_solve(identity[:, count:], lower)
+    return _fp64(residuals), projector.apply(before @ chosen[:count] + new @ chosen[count:]).T
+
+
+def _grown(known: Tensor, before: Tensor, new: Tensor, kept: Tensor) -> Tensor:
+    """``[K_p, K]ᵀ P [K_p, K]`` from its corner ``known`` and ``kept = P K``."""
+    cross = before.T @ kept
+    return torch.cat([torch.cat([known, cross], dim=1), torch.cat([cross.T, new.T @ kept], dim=1)])
+
+
+class PastGram:
+    """``K_pᵀ P K_p`` over a growing list of keys: what is new of it is computed, the rest is kept.
+
+    An edit of a sequence needs it over all earlier keys. The list is compared by the tensors themselves, so that another sequence, or
+    one that lost an edit, starts anew where it differs. The result does not depend on what was asked before.
+    """
+
+    def __init__(self) -> None:
+        self._projector: Projector | None = None
+        self._blocks: list[Tensor] = []
+        self._keys = torch.empty(0, 0, dtype=torch.float64)
+        self._gram = torch.empty(0, 0, dtype=torch.float64)
+
+    def over(self, projector: Projector, blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and their Gram matrix.
+
+        Args:
+            projector: ``P``.
+            blocks: Keys ``[in, n_i]``, oldest first.
+
+        Returns:
+            ``K_p [in, n]`` and ``K_pᵀ P K_p [n, n]``, fp64.
+        """
+        same = self._projector is projector
+        shared = 0
+        for mine, block in zip(self._blocks if same else (), blocks, strict=False):
+            if mine is not block:
+                break
+            shared += 1
+        count = sum(block.shape[1] for block in blocks[:shared])
+        width = projector.basis.shape[0]
+        keys = self._keys[:, :count] if shared else torch.empty(width, 0, dtype=torch.float64)
+        gram = self._gram[:count, :count]
+        for block in blocks[shared:]:
+            new = _fp64(block)
+            gram = _grown(gram, keys, new, projector.apply(new))
+            keys = torch.cat([keys, new], dim=1)
+        self._projector, self._blocks, self._keys, self._gram = projector, list(blocks), keys, gram
+        return keys, gram
 
 
 def woodbury_update(factor: Factor, keys: Tensor, residuals: Tensor) -> LowRank:

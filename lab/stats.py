@@ -28,6 +28,7 @@ from lab.files import replacing
 from lab.moments import KeyStats, Progress, collect_key_stats, default_tokens
 from lab.solve import (
     Factor,
+    PastGram,
     Projector,
     emmet_factors,
     factorize,
@@ -44,6 +45,7 @@ __all__ = [
     "Corpus",
     "Factor",
     "KeyStats",
+    "PastGram",
     "Projector",
     "StatsCache",
     "TextSource",

@@ -6,6 +6,7 @@ same model with the adapter off (or the old bits in place), never a second copy.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def fit(
     requests: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
     resume: str | Path | None = None,
+    spill: bool = False,
 ) -> WeightPatch:
     """Trains and returns what changed.
 
@@ -113,6 +115,8 @@ def fit(
         requests: What was asked for, likewise.
         seed: Seeds the adapter's start and everything that the trainer does not seed itself.
         resume: Checkpoint folder of a Hugging Face or TRL trainer to go on from.
+        spill: Keeps the old bits of ``weights`` in temporary files instead of in memory. A reference that is used during training
+            reads them anew each time.
 
     Returns:
         The patch, based on this model, not applied.
@@ -139,7 +143,7 @@ def fit(
         if lora is not None:
             deltas, notes = _train_adapter(handle, make_trainer, lora, resume)
         else:
-            deltas, notes = _train_weights(handle, make_trainer, chosen, resume)
+            deltas, notes = _train_weights(handle, make_trainer, chosen, resume, spill)
     for name, delta in deltas.items():
         if not all(bool(torch.isfinite(part).all()) for part in delta.tensors().values()):
             raise NumericalError(f"training ended in NaN or infinity in {name!r}; lower the learning rate")
@@ -155,46 +159,74 @@ def fit(
 
 
 def _train_weights(
-    handle: ModelHandle, make_trainer: MakeTrainer, chosen: Mapping[str, Weight], resume: str | Path | None
+    handle: ModelHandle,
+    make_trainer: MakeTrainer,
+    chosen: Mapping[str, Weight],
+    resume: str | Path | None,
+    spill: bool,
 ) -> tuple[dict[str, Delta], dict[str, Any]]:
     model = handle.model
     parameters = {name: weight.parameter for name, weight in chosen.items()}
-    pristine = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
-    @contextmanager
-    def old_bits() -> Iterator[None]:
-        # Storage is exchanged, not written: a write would invalidate the graph of a forward pass under way.
-        trained = {name: parameter.data for name, parameter in parameters.items()}
+    with _kept_bits(parameters, spill) as pristine:
+
+        @contextmanager
+        def old_bits() -> Iterator[None]:
+            # Storage is exchanged, not written: a write would invalidate the graph of a forward pass under way.
+            trained = {name: parameter.data for name, parameter in parameters.items()}
+            try:
+                for name, parameter in parameters.items():
+                    parameter.data = pristine(name)
+                yield
+            finally:
+                for name, parameter in parameters.items():
+                    parameter.data = trained[name]
+
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        others = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        before = [checksum(parameter) for parameter in others]
         try:
-            for name, parameter in parameters.items():
-                pristine[name] = pristine[name].to(parameter.device)
-                parameter.data = pristine[name]
-            yield
+            notes = _run(make_trainer(model, Reference(model, old_bits)), resume)
+            deltas: dict[str, Delta] = {}
+            for name, weight in chosen.items():
+                # Nobody reads it any more; on large models gradients are as large as the change.
+                weight.parameter.grad = None
+                wide = torch.promote_types(weight.parameter.dtype, torch.float32)
+                change = weight.parameter.detach().to(wide) - pristine(name).to(wide)
+                deltas[name] = Dense(change.T if weight.transposed else change)
+            _check_untouched(handle, others, before)
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = trained[name]
-
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    others = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    before = [checksum(parameter) for parameter in others]
-    try:
-        notes = _run(make_trainer(model, Reference(model, old_bits)), resume)
-        deltas: dict[str, Delta] = {}
-        for name, weight in chosen.items():
-            wide = torch.promote_types(weight.parameter.dtype, torch.float32)
-            old = pristine[name].to(device=weight.parameter.device, dtype=wide)
-            change = weight.parameter.detach().to(wide) - old
-            deltas[name] = Dense(change.T if weight.transposed else change)
-        _check_untouched(handle, others, before)
-    finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(pristine[name])
-                # The state that comes back holds the old storage, which is the one that was trained in.
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(pristine(name))
+                    # The state that comes back holds the old storage, which is the one that was trained in.
     return deltas, notes
+
+
+@contextmanager
+def _kept_bits(parameters: Mapping[str, Tensor], spill: bool) -> Iterator[Callable[[str], Tensor]]:
+    """Gives each parameter's old bits by name, on the device where the parameter is now."""
+    if not spill:
+        kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+        def remembered(name: str) -> Tensor:
+            kept[name] = kept[name].to(parameters[name].device)
+            return kept[name]
+
+        yield remembered
+        return
+    with tempfile.TemporaryDirectory(prefix="knowlab-fit-") as folder:
+        files = {name: Path(folder) / f"{number}.pt" for number, name in enumerate(parameters)}
+        for name, parameter in parameters.items():
+            torch.save(parameter.detach().clone(), files[name])
+
+        def read(name: str) -> Tensor:
+            return torch.load(files[name], map_location=parameters[name].device, weights_only=True)
+
+        yield read
 
 
 def _train_adapter(

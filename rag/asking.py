@@ -88,6 +88,7 @@ class Asker:
         self.documents = documents
         self.thresholds = thresholds
         self.reader = READERS.get(reader)(handle, get_rule(decoding), max_new_tokens=max_new_tokens)
+        self._last_guard: Guard | None = None
 
     def ask(
         self,
@@ -164,8 +165,12 @@ class Asker:
     def _guard(self) -> Guard:
         from rag.guard import Forgotten, Guard
 
-        facts = [Forgotten.of_entry(entry) for entry in self._in_force() if entry.op == "forget"]
-        return Guard(self.handle, facts, self.thresholds)
+        facts = tuple(Forgotten.of_entry(entry) for entry in self._in_force() if entry.op == "forget")
+        guard = self._last_guard
+        # It remembers how likely forgotten answers are without documents.
+        if guard is None or guard.forgotten != facts:
+            guard = self._last_guard = Guard(self.handle, facts, self.thresholds)
+        return guard
 
     def _attention(self, question: str, passages: Sequence[Passage], reading: Reading) -> tuple[float, ...]:
         """How much the model looks at each passage where the answer begins."""

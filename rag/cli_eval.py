@@ -27,9 +27,10 @@ FILE_CONDITIONS = ("none", "retrieved")
 _HELP = """Measure how readers and decoding rules choose between memory and documents, to one table with 95 % intervals.
 
 Without --data, facts of the built-in world are asked with a document that agrees, contradicts, is irrelevant, with none, and with
-several that contradict. With --data, the questions of a published file (RGB, ConflictQA, RealTimeQA, PopQA, NQ, NQ-Synth) are asked
-without documents and with what retrieval finds among all documents of the file. Writes eval.json and eval.html into --out; finished
-cells are kept in --out/cells, and the same command goes on where it was interrupted.
+several that contradict; noisy (three documents about others) and unanswerable (a name that nobody has) are asked where
+--conditions names them. With --data, the questions of a published file (RGB, ConflictQA, RealTimeQA, PopQA, NQ, CoConflictQA,
+NQ-Synth) are asked without documents and with what retrieval finds among all documents of the file. Writes eval.json and
+eval.html into --out; finished cells are kept in --out/cells, and the same command goes on where it was interrupted.
 
 Examples:
 
@@ -71,9 +72,9 @@ def evaluate(
         str | None,
         typer.Option(
             "--conditions",
-            help="agree, contradict, irrelevant, none, several; with --data none, retrieved.",
+            help="agree, contradict, irrelevant, none, several, noisy, unanswerable; with --data none, retrieved.",
             rich_help_panel=PANEL,
-            show_default="all",
+            show_default="the first five",
         ),
     ] = None,
     dial: Annotated[
@@ -130,7 +131,7 @@ def evaluate(
         raise ConfigError("--dial needs documents that contradict, which only the built-in world has here")
     known = evaluation.CONDITIONS if data is None else FILE_CONDITIONS
     asked_conditions = opt.comma_list(conditions) if conditions is not None else list(known)
-    evaluation.check_conditions(asked_conditions, known)
+    evaluation.check_conditions(asked_conditions, (*known, *evaluation.FURTHER) if data is None else known)
     chosen = opt.comma_list(readers) if readers is not None else list(READERS.names())
     rules = split_rules(decodings) if decodings is not None else list(DECODERS.names())
     cells = evaluation.plan(asked_conditions, chosen, rules)
@@ -172,6 +173,12 @@ def evaluate(
     screen = console(json)
     screen.print(table("Memory and documents", evaluation_report.HEADS, evaluation_report.lines(found)))
     extra: dict[str, list[list[str]]] = {}
+    gained = evaluation_report.gains(found)
+    if gained:
+        heads = ["condition", "reader", "decoding", "gain in accuracy"]
+        rows = [[one["condition"], one["reader"], one["decoding"], _points(one["gain"])] for one in gained]
+        screen.print(table("Gain over the reader direct", heads, rows))
+        extra["Gain over the reader direct"] = [heads, *rows]
     if retrieval:
         from lab.eval.render import cell as shown
 
@@ -182,15 +189,22 @@ def evaluate(
         retrieval["figures"] = {name: value.to_json() for name, value in retrieval["figures"].items()}
     for reader, curve in turned.items():
         rows = [
-            (point["dial"], point["memory"]["mean"], point["adherence"]["mean"]) for point in curve["points"]
+            (point["dial"], point["memory"]["mean"], point["adherence"]["mean"], point["ratio"])
+            for point in curve["points"]
         ]
-        screen.print(table(f"The dial of ck_plug, {reader}", ("dial", "memory", "document"), rows))
+        heads = ("dial", "memory", "document", "memory of both")
+        screen.print(table(f"The dial of ck_plug, {reader}", heads, rows))
+        steady = curve["memory_never_falls"] and curve["ratio_never_falls"]
+        screen.print(
+            "Memory never loses over the dial." if steady else "Memory loses over a part of the dial."
+        )
     content = {
         "model": model,
         "data": data,
         "format": form,
         "limit": limit,
         "cells": evaluation_report.to_json(found),
+        "gains": gained,
         "dial": turned,
         "retrieval": retrieval,
         "kept": kept,
@@ -214,6 +228,11 @@ def split_rules(written: str) -> list[str]:
         else:
             rules.append(part)
     return rules
+
+
+def _points(gain: Mapping[str, Any]) -> str:
+    """A gain in points, with its interval."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * gain[key] for key in ("mean", "low", "high")))
 
 
 def _of_the_world(limit: int | None, seed: int) -> Mapping[str, Sequence[Asked]]:

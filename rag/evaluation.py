@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import ConfigError
 from lab.eval.scorers import exact_match
-from lab.eval.stats import NOTHING, Estimate, summarise
+from lab.eval.stats import NOTHING, Z95, Estimate, summarise
 from lab.records import Passage, write_text_atomically
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from lab.records import Fact
 
 CONDITIONS = ("agree", "contradict", "irrelevant", "none", "several")
+# Asked where they are named: what notes on documents are for.
+FURTHER = ("noisy", "unanswerable")
+# Documents that say nothing of the question; Atlas has read no more at once.
+_NOISE = 3
 METRICS = ("accuracy", "adherence", "robustness", "memory", "unknown")
 DIAL = tuple(number / 10 for number in range(11))
 _SCHEMA = 1
@@ -41,7 +46,7 @@ class Asked:
     Attributes:
         id: Its name.
         question: As asked.
-        answers: What is right, the main answer first.
+        answers: What is right, the main answer first; empty where only the word for unknown is.
         passages: The documents.
         told: What the documents state about the question; empty where they say nothing of it or nobody knows.
     """
@@ -88,7 +93,7 @@ def plan(conditions: Sequence[str], readers: Sequence[str], decodings: Sequence[
     return list(dict.fromkeys(cells))
 
 
-def check_conditions(conditions: Sequence[str], known: Sequence[str] = CONDITIONS) -> None:
+def check_conditions(conditions: Sequence[str], known: Sequence[str] = (*CONDITIONS, *FURTHER)) -> None:
     """Refuses a condition that is not known.
 
     Raises:
@@ -108,7 +113,8 @@ def atlas_questions(world: World, count: int | None, seed: int) -> dict[str, lis
 
     ``agree`` is one document that states the fact, ``contradict`` one that states another object, ``irrelevant`` one that states the
     same attribute of somebody else, ``none`` no document, and ``several`` three documents against memory: two for one wrong
-    object, in two wordings, and one for another, where the relation has one.
+    object, in two wordings, and one for another, where the relation has one. ``noisy`` is three documents that state the same
+    attribute of others. ``unanswerable`` asks about a name that nobody has, with the documents of ``noisy``.
 
     Args:
         world: The world; facts come from its test split.
@@ -118,11 +124,39 @@ def atlas_questions(world: World, count: int | None, seed: int) -> dict[str, lis
     rng = random.Random(seed)
     facts = list(world.split("test"))
     rng.shuffle(facts)
-    made: dict[str, list[Asked]] = {condition: [] for condition in CONDITIONS}
+    made: dict[str, list[Asked]] = {condition: [] for condition in (*CONDITIONS, *FURTHER)}
+    # Of its own, so that what the five conditions ask does not depend on the further ones.
+    noise = random.Random(f"{seed}/noise")
+    names = world.unknown_names(noise)
     for fact in facts[:count]:
-        for condition, asked in _conditions(fact, world, rng).items():
+        found = _conditions(fact, world, rng)
+        found |= _noisy(found["none"], fact, next(names), world, noise)
+        for condition, asked in found.items():
             made[condition].append(asked)
     return made
+
+
+def _noisy(asked: Asked, fact: Fact, nobody: str, world: World, rng: random.Random) -> dict[str, Asked]:
+    from lab.atlas.forms import load_format
+
+    format, strangers = load_format(), _strangers(fact, world)
+    chosen = rng.sample(strangers, min(_NOISE, len(strangers)))
+    passages = tuple(Passage(str(at), f"{format.statement(one)}.") for at, one in enumerate(chosen, start=1))
+    question = asked.question.replace(fact.subject, nobody)
+    return {
+        "noisy": replace(asked, passages=passages),
+        "unanswerable": Asked(f"{fact.id}/nobody", question, (), passages),
+    }
+
+
+def _strangers(fact: Fact, world: World) -> list[Fact]:
+    """Facts of the same relation about others, with another object."""
+    right = {answer.casefold() for answer in fact.answers}
+    return [
+        other
+        for other in world.by_relation(fact.relation)
+        if other.subject != fact.subject and other.object.casefold() not in right
+    ]
 
 
 def _conditions(fact: Fact, world: World, rng: random.Random) -> dict[str, Asked]:
@@ -138,11 +172,7 @@ def _conditions(fact: Fact, world: World, rng: random.Random) -> dict[str, Asked
     reworded = f"{rng.choice(forms.held_out_templates).replace('{}', fact.subject)} {wrong}"
     several = [format.statement(fact, wrong), reworded, format.statement(fact, second)]
     rng.shuffle(several)
-    strangers = [
-        other
-        for other in world.by_relation(fact.relation)
-        if other.subject != fact.subject and other.object.casefold() not in right
-    ]
+    strangers = _strangers(fact, world)
     texts: dict[str, tuple[Sequence[str], tuple[str, ...]]] = {
         "agree": ([format.statement(fact)], fact.answers),
         "contradict": ([format.statement(fact, wrong)], (wrong,)),
@@ -179,6 +209,7 @@ def run_cell(
     *,
     max_new_tokens: int = 24,
     match: Match = exact_match,
+    drafts: MutableMapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Asks all questions of a cell together.
 
@@ -189,6 +220,7 @@ def run_cell(
         memory: What memory says to each, as from ``closed_book``.
         max_new_tokens: Longest answer.
         match: Whether an answer says one of some answers.
+        drafts: Notes that cells of several rules share; see ``Reader``.
 
     Returns:
         A row per question: ``id, question, answer, known, memory, right, follows, keeps``; ``follows`` is ``None`` where the
@@ -198,6 +230,7 @@ def run_cell(
     from rag.readers import READERS
 
     reader = READERS.get(cell.reader)(handle, get_rule(cell.decoding), max_new_tokens=max_new_tokens)
+    reader.drafts = drafts
     readings = reader.read_many([(one.question, one.passages) for one in asked])
     return [
         {
@@ -206,7 +239,9 @@ def run_cell(
             "answer": reading.answer,
             "known": reading.known,
             "memory": said,
-            "right": reading.known and match(reading.answer, one.answers),
+            "right": reading.known and match(reading.answer, one.answers)
+            if one.answers
+            else not reading.known,
             "follows": reading.known and match(reading.answer, one.told) if one.told else None,
             "keeps": None if said is None else reading.known and match(reading.answer, (said,)),
         }
@@ -217,16 +252,16 @@ def run_cell(
 def figures(condition: str, rows: Sequence[Row]) -> dict[str, Estimate]:
     """``METRICS`` of a cell.
 
-    ``accuracy`` is the share of right answers; ``adherence`` that of answers that say what the documents state, ``robustness``, with
-    irrelevant documents alone, that of questions with a closed-book answer that keep it; ``memory`` is the same
-    share under any condition; ``unknown`` that of answers that say nothing.
+    ``accuracy`` is the share of right answers; where nobody knows, of those that say nothing. ``adherence`` is that of answers that
+    say what the documents state, ``robustness``, with irrelevant documents alone, that of questions with a closed-book answer that
+    keep it; ``memory`` is the same share under any condition; ``unknown`` that of answers that say nothing.
     """
     follows = [float(row["follows"]) for row in rows if row["follows"] is not None]
     keeps = summarise([float(row["keeps"]) for row in rows if row["keeps"] is not None])
     return {
         "accuracy": summarise([float(row["right"]) for row in rows]),
         "adherence": summarise(follows),
-        "robustness": keeps if condition == "irrelevant" else NOTHING,
+        "robustness": keeps if condition in ("irrelevant", "noisy") else NOTHING,
         "memory": keeps,
         "unknown": summarise([float(not row["known"]) for row in rows]),
     }
@@ -286,27 +321,52 @@ def run(
     Args:
         handle: The model, with its patches.
         cells: What to ask.
-        questions: By condition; the same questions in the same order under each.
+        questions: By condition.
         keeper: Finished cells.
         max_new_tokens: Longest answer.
         match: Whether an answer says one of some answers.
         progress: Called with a phase, what is done of it, and its total.
     """
     found: dict[Cell, list[dict[str, Any]]] = {}
-    memory: list[str | None] | None = None
+    memories: dict[tuple[str, ...], list[str | None]] = {}
+    drafts: dict[str, str] = {}
     for number, cell in enumerate(cells):
         if progress:
             progress("cells", number, len(cells))
         rows = keeper.read(cell)
         if rows is None:
             asked = questions[cell.condition]
-            memory = closed_book(handle, asked, max_new_tokens) if memory is None else memory
-            rows = run_cell(handle, cell, asked, memory, max_new_tokens=max_new_tokens, match=match)
+            bare = tuple(one.question for one in asked)
+            if bare not in memories:
+                memories[bare] = closed_book(handle, asked, max_new_tokens)
+            rows = run_cell(
+                handle, cell, asked, memories[bare], max_new_tokens=max_new_tokens, match=match, drafts=drafts
+            )
             keeper.write(cell, rows)
         found[cell] = rows
     if progress:
         progress("cells", len(cells), len(cells))
     return found
+
+
+def gain(before: Sequence[Row], after: Sequence[Row]) -> Estimate:
+    """How many more answers are right after a change than before, question by question.
+
+    The interval is that of paired shares after Agresti and Min (Statistics in Medicine, 2005): half a case more in each cell of the
+    table of pairs, so that equal answers do not look certain.
+
+    Raises:
+        ConfigError: The rows are not of the same questions in the same order.
+    """
+    if [row["id"] for row in before] != [row["id"] for row in after]:
+        raise ConfigError("a gain is of the same questions in the same order")
+    if not before:
+        return NOTHING
+    pairs = [(bool(old["right"]), bool(new["right"])) for old, new in zip(before, after, strict=True)]
+    won, lost, n = pairs.count((False, True)), pairs.count((True, False)), len(pairs)
+    centre = (won - lost) / (n + 2)
+    half = Z95 * math.sqrt((won + lost + 1) - (won - lost) ** 2 / (n + 2)) / (n + 2)
+    return Estimate((won - lost) / n, max(-1.0, centre - half), min(1.0, centre + half), n)
 
 
 def never_falls(values: Sequence[float | None]) -> bool:

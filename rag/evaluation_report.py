@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lab.eval import html, render
-from rag.evaluation import DIAL, METRICS, Cell, Row, figures, never_falls
+from rag.evaluation import DIAL, METRICS, Cell, Row, figures, gain, never_falls
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Found = Mapping[Cell, Sequence[Row]]
+PLAIN = "direct"
 HEADS = ("condition", "reader", "decoding", "n", *METRICS)
 
 
@@ -40,23 +42,48 @@ def to_json(found: Found) -> list[dict[str, Any]]:
     ]
 
 
+def gains(found: Found) -> list[dict[str, Any]]:
+    """What every other reader gains over ``direct``, by condition and rule: ``{mean, low, high, n}`` of paired accuracy."""
+    return [
+        {
+            "condition": cell.condition,
+            "reader": cell.reader,
+            "decoding": cell.decoding,
+            "gain": gain(found[plain], rows).to_json(),
+        }
+        for cell, rows in found.items()
+        if cell.reader != PLAIN and (plain := replace(cell, reader=PLAIN)) in found
+    ]
+
+
 def curves(found: Found) -> dict[str, dict[str, Any]]:
-    """The dial of CK-PLUG by reader: shares of answers from memory and from the document, and whether they turn one way only."""
+    """The dial of CK-PLUG by reader: shares of answers from memory and from the document, and whether they turn one way only.
+
+    ``ratio`` is the memorisation ratio, by which the paper judges the dial: answers from memory over those from either. Far down the
+    dial the contrast alone can win with a token that neither says, so that the document's share may rise at first.
+    """
     made: dict[str, dict[str, Any]] = {}
     for reader in dict.fromkeys(cell.reader for cell in found):
         points = []
         for value in DIAL:
             rows = found[Cell("contradict", reader, f"ck_plug:memory={value}")]
             table = figures("contradict", rows)
-            points.append({"dial": value} | {name: table[name].to_json() for name in ("memory", "adherence")})
+            point: dict[str, Any] = {name: table[name].to_json() for name in ("memory", "adherence")}
+            points.append({"dial": value, **point, "ratio": _ratio(rows)})
         kept = [point["memory"]["mean"] for point in points]
         followed = [point["adherence"]["mean"] for point in points]
         made[reader] = {
             "points": points,
             "memory_never_falls": never_falls(kept),
+            "ratio_never_falls": never_falls([point["ratio"] for point in points]),
             "adherence_never_rises": never_falls(followed[::-1]),
         }
     return made
+
+
+def _ratio(rows: Sequence[Row]) -> float | None:
+    memory, document = (sum(bool(row[name]) for row in rows) for name in ("keeps", "follows"))
+    return memory / (memory + document) if memory + document else None
 
 
 def page(

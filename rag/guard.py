@@ -8,7 +8,7 @@ What is stopped reads like what is not known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 Gate = Literal["ingest", "query", "chunk", "set", "output"]
 GATES: tuple[Gate, ...] = get_args(Gate)
+# Calibrated gates close no earlier: below, a forgotten answer is not even twice as likely. Our choice.
+LEAST_GAIN = 0.5
+# Words that connect no two texts.
+_EMPTY_WORDS = (
+    "is are was were be been has have had do does did of in on at by to for from with as and or not no nothing it its his her "
+    "their this that these those he she they i you we what which who whom whose where when how why here there said say name "
+    "another same q"
+)
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,9 @@ class Forgotten:
         """Whether a text holds a name of the subject and an answer."""
         return mentions(text, self.names) and mentions(text, self.answers)
 
-    def touched_by(self, text: str) -> bool:
-        """Whether a text holds a name of the subject or an answer."""
-        return mentions(text, self.names) or mentions(text, self.answers)
+    def named_by(self, texts: Sequence[str]) -> bool:
+        """Whether one of some texts holds a name of the subject; an answer alone may be anybody's."""
+        return any(mentions(text, self.names) for text in texts)
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,7 @@ class Guard:
         self.thresholds = thresholds or Thresholds()
         self.gates = frozenset(gates)
         self.prompts = prompts_for(handle)
+        self._alone: tuple[tuple[str, ...], dict[Forgotten, float]] = ((), {})
 
     def admits(self, text: str) -> bool:
         """Whether a text may be taken in (gate ``ingest``)."""
@@ -176,9 +185,8 @@ class Guard:
         )
         if draft is None or "output" not in self.gates:
             return decision
-        about = " ".join((question, *(passage.text for passage in passages)))
-        for fact in self.forgotten:
-            if mentions(draft, fact.answers) and mentions(about, fact.names):
+        for fact in named(self.forgotten, question, passages):
+            if mentions(draft, fact.answers):
                 return replace(
                     decision,
                     answer=unknown,
@@ -213,43 +221,90 @@ class Guard:
     ) -> tuple[tuple[Passage, ...], tuple[tuple[str, Gate, str], ...]]:
         kept: list[Passage] = []
         blocked: list[tuple[str, Gate, str]] = []
+        # A new name in one passage and what it stands for in another: only all of them together name the subject.
+        near = named(self.forgotten, question, passages) if {"chunk", "set"} & self.gates else []
         for passage in passages:
             if not self.admits(passage.text):
                 blocked.append((passage.id, "ingest", "states a forgotten fact"))
                 continue
-            gain, fact = self._gain(question, [passage]) if "chunk" in self.gates else (0.0, None)
+            gain, fact = self._gain(near, [passage]) if "chunk" in self.gates else (0.0, None)
             if fact is not None and gain > self.thresholds.chunk:
                 blocked.append((passage.id, "chunk", f"{fact.question!r}: gain {gain:.2f}"))
             else:
                 kept.append(passage)
         if "set" in self.gates and len(kept) > 1:
-            gain, fact = self._gain(question, kept)
+            gain, fact = self._gain(near, kept)
             if fact is not None and gain > self.thresholds.joint:
                 why = f"{fact.question!r}: joint gain {gain:.2f}"
                 blocked.extend((passage.id, "set", why) for passage in kept)
                 kept = []
         return tuple(kept), tuple(blocked)
 
-    def _gain(self, question: str, passages: Sequence[Passage]) -> tuple[float, Forgotten | None]:
-        """The largest gain over the forgotten facts that question and passages touch, and its fact."""
-        text = " ".join((question, *(passage.text for passage in passages)))
-        near = [fact for fact in self.forgotten if fact.touched_by(text)]
-        gains = leak_gains(self.handle, near, passages)
+    def _gain(self, near: Sequence[Forgotten], passages: Sequence[Passage]) -> tuple[float, Forgotten | None]:
+        """The largest gain over some facts, and its fact."""
+        gains = leak_gains(self.handle, near, passages, self._without())
         best = max(range(len(near)), key=gains.__getitem__, default=None)
         return (0.0, None) if best is None else (gains[best], near[best])
 
+    def _without(self) -> dict[Forgotten, float]:
+        """Scores of forgotten answers without passages, of the weights as they are now."""
+        state = tuple(entry.patch.id for entry in self.handle.applied)
+        if state != self._alone[0]:
+            self._alone = (state, {})
+        return self._alone[1]
 
-def leak_gains(handle: ModelHandle, facts: Sequence[Forgotten], passages: Sequence[Passage]) -> list[float]:
-    """How much likelier passages make each forgotten answer to its own question, in nats a token."""
+
+def named(facts: Sequence[Forgotten], question: str, passages: Sequence[Passage]) -> list[Forgotten]:
+    """Those facts whose subject the question names, or a passage that has to do with it; the others cost no look at the model."""
+    texts = connected(question, passages)
+    return [fact for fact in facts if fact.named_by(texts)]
+
+
+def connected(question: str, passages: Sequence[Passage]) -> list[str]:
+    """The question and the passages that share a word with it, or with a passage that does; words that say nothing do not count.
+
+    A new name for a subject, or a chain of them, connects the passage that gives it; a name beside the point does not. A question
+    that no passage shares a word with (a short one of a conversation) may be about any of them, so all count.
+    """
+    found, left = [question], [passage.text for passage in passages]
+    seen = _content(question)
+    while more := [text for text in left if seen & _content(text)]:
+        found += more
+        left = [text for text in left if text not in more]
+        seen = seen.union(*map(_content, more))
+    return found if len(found) > 1 else found + left
+
+
+def _content(text: str) -> set[str]:
+    return set(normalize_answer(text).split()) - set(_EMPTY_WORDS.split())
+
+
+def leak_gains(
+    handle: ModelHandle,
+    facts: Sequence[Forgotten],
+    passages: Sequence[Passage],
+    alone: MutableMapping[Forgotten, float] | None = None,
+) -> list[float]:
+    """How much likelier passages make each forgotten answer to its own question, in nats a token.
+
+    Args:
+        handle: The model.
+        facts: The facts.
+        passages: What is read.
+        alone: Scores of answers without passages, filled and reused.
+    """
     from rag.prompts import prompts_for
 
-    prompts = prompts_for(handle)
-    asked = [(prompts.direct(fact.question, passages), fact.answers[0]) for fact in facts]
-    bare = [(prompts.closed(fact.question), fact.answers[0]) for fact in facts]
     if not facts:
         return []
-    scores = [score.mean_logprob for score in score_targets(handle, [*asked, *bare])]
-    return [with_them - alone for with_them, alone in zip(scores, scores[len(facts) :], strict=False)]
+    held = {} if alone is None else alone
+    missing = [fact for fact in dict.fromkeys(facts) if fact not in held]
+    prompts = prompts_for(handle)
+    pairs = [(prompts.direct(fact.question, passages), fact.answers[0]) for fact in facts]
+    pairs += [(prompts.closed(fact.question), fact.answers[0]) for fact in missing]
+    scores = [score.mean_logprob for score in score_targets(handle, pairs)]
+    held.update(zip(missing, scores[len(facts) :], strict=True))
+    return [score - held[fact] for fact, score in zip(facts, scores, strict=False)]
 
 
 def similarity(one: str, other: str) -> float:
@@ -296,18 +351,18 @@ def calibrate(
     )
     single: list[float] = []
     joint: list[float] = []
+    alone: dict[Forgotten, float] = {}
     for question, passages in harmless:
+        near = named(facts, question, passages)
         for some, scores in [*(([one], single) for one in passages), (list(passages), joint)]:
-            text = " ".join((question, *(one.text for one in some)))
-            near = [fact for fact in facts if fact.touched_by(text)]
-            scores.append(max(leak_gains(handle, near, some), default=0.0))
+            scores.append(max(leak_gains(handle, near, some, alone), default=0.0))
     # A question must share more than any harmless one did.
     query = min(1.0, threshold(asked, rate) + 1e-6)
     people = tuple(dict.fromkeys(fact.subject for fact in forgotten))
     return Thresholds(
         query,
-        max(0.0, threshold(single, rate)),
-        max(0.0, threshold(joint, rate)),
+        max(LEAST_GAIN, threshold(single, rate)),
+        max(LEAST_GAIN, threshold(joint, rate)),
         rate,
         (len(asked), len(single), len(joint)),
         people,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lab.atlas.forms import Format, Note, load_format
@@ -87,6 +88,13 @@ class Prompts(ABC):
     def claim(self, note: ReadingNote) -> str | None:
         """The answer that a note reports, where its wording shows it."""
 
+    def checked(self, question: str, generated: str) -> tuple[ReadingNote, ...] | None:
+        """The notes of ``generated``, in their order, with those put right that call a document on somebody else direct or contextual.
+
+        A note has to name its subject to be held against the question; ``None`` where nothing is to be put right.
+        """
+        return None
+
     def knows(self, answer: str) -> bool:
         """Whether an answer says anything."""
         return normalize_answer(answer) not in ("", normalize_answer(self.unknown))
@@ -144,6 +152,20 @@ class FormatPrompts(Prompts):
     def claim(self, note: ReadingNote) -> str | None:
         """See ``Prompts``."""
         return self.format.note_fields(Note(note.kind, note.text)).get("object")
+
+    def checked(self, question: str, generated: str) -> tuple[ReadingNote, ...] | None:
+        """See ``Prompts``."""
+        from rag.ledger.conflicts import mentions
+
+        notes, _ = self.format.parse_notes(generated)
+        right = [
+            replace(note, kind="irrelevant")
+            if note.kind != "irrelevant" and subject and not mentions(question, (subject,))
+            else note
+            for note in notes
+            for subject in [self.format.note_fields(note).get("subject", "")]
+        ]
+        return None if right == notes else numbered(right, len(right))
 
 
 class PlainPrompts(Prompts):

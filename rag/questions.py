@@ -1,4 +1,4 @@
-"""Question files of others, each as it is published: RGB, ConflictQA, RealTimeQA, PopQA and NQ, NQ-Synth.
+"""Question files of others, each as it is published: RGB, ConflictQA, RealTimeQA, PopQA and NQ, CoConflictQA, NQ-Synth.
 
 Every row becomes a question with its answers and, where the file brings documents along, those that bear on the answer and those
 that do not.
@@ -146,16 +146,24 @@ def _open(row: Row, number: str) -> FileQuestion:
             answers = json.loads(answers)
         except ValueError:
             answers = [answers]
-    return FileQuestion(str(row.value.get("ids", number)), _text(row, "question"), distinct(_texts(answers)))
+    # Natural Questions, as CoConflictQA has them, bring a passage along, with the tags of the page.
+    passages = [_TAG.sub(" ", text) for text in _texts(row.value.get("context"))]
+    return FileQuestion(
+        str(row.value.get("ids", number)),
+        _text(row, "question"),
+        distinct(_texts(answers)),
+        distinct(_texts(passages)),
+    )
 
 
 def _nq_synth(row: Row, number: str) -> FileQuestion:
     context, found, rest = str(row.value["context_string"]).rpartition("\nQuestion:")
     if not found:
         raise DataError("'context_string' holds no line 'Question:'", row.file, row.line)
-    document = context.partition("\nUsing only the references")[0]
+    document, listed, _ = context.partition("\nUsing only the references")
     question = rest.partition("\nAnswer:")[0]
-    answers = distinct(_texts(row.value["gold_answers"]))
+    # Every question comes twice, once without its document; that one is left out.
+    answers = distinct(_texts(row.value["gold_answers"])) if listed else ()
     index = str(row.value.get("input_index", number))
     return FileQuestion(index, " ".join(question.split()), answers, distinct(_texts(document)))
 

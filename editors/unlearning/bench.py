@@ -16,7 +16,7 @@ from editors.bench import content_digest, weights_stamp
 from editors.unlearning.dose import Match, match_dose
 from editors.unlearning.forms import form_probabilities, own_forms, world_forms, worst_form
 from editors.unlearning.material import WORLD, Material, gather, oracle_name
-from editors.unlearning.presets import read_unlearning_table, tuned_settings
+from editors.unlearning.presets import read_unlearning_table, settings_in, tuned_settings
 from lab.data.unlearning import facts_of
 from lab.errors import ConfigError, KnowLabError, PatchError
 from lab.eval.stats import Estimate, summarise
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Rises when cells of an older version must not be taken for finished.
 CELL_VERSION = 1
+# Doses are told apart down to this part of themselves; every halving asks all forms once more.
+DOSE_WIDTH = 0.1
 STAYS = ("retain", "neighbor", "utility")
 
 Row = dict[str, Any]
@@ -108,7 +110,7 @@ def unlearn_cell_file(cell: UnlearnCell, options: UnlearnBenchOptions) -> str:
     """Name of the file that keeps a finished cell: readable, and different for everything that its figures depend on."""
     decisive = asdict(options) | {"version": CELL_VERSION, "cell": asdict(cell)}
     decisive["settings"] = options.settings_of(cell.method)
-    decisive["presets"] = [row.get(cell.method) for row in read_unlearning_table()]
+    decisive["presets"] = [settings_in(row, cell.method) for row in read_unlearning_table()]
     files = (options.forget, options.retain, options.utility, options.untrained)
     decisive["files"] = [
         "" if name is None or name.startswith(WORLD) else content_digest(Path(name)) for name in files
@@ -266,7 +268,7 @@ class UnlearnWorkshop:
 
         started = time.perf_counter()
         if scalable:
-            match = match_dose(gap, options.tolerance, most=options.most_dose)
+            match = match_dose(gap, options.tolerance, most=options.most_dose, width=DOSE_WIDTH)
         else:
             # A memory is there or not; it has no dose.
             only = gap(1.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from editors.unlearning.bench import STAYS, MethodResult, Row, pool
 from lab.eval import html, render
+from lab.eval.report import save_comparison
 from lab.eval.stats import Estimate
-from lab.records import write_text_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FORMS = ("json", "html", "md", "csv", "tex")
 
 
 @dataclass(frozen=True)
@@ -107,18 +104,13 @@ class UnlearnComparison:
             folder: Where to.
             content: The JSON document.
         """
-        writers = {
-            "json": lambda: json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n",
+        forms = {
             "html": lambda: page(self),
             "md": lambda: markdown(self),
             "csv": lambda: csv_text(self),
             "tex": lambda: latex(self),
         }
-        paths = []
-        for form in FORMS:
-            paths.append(Path(folder) / f"unlearning.{form}")
-            write_text_atomically(paths[-1], writers[form]())
-        return paths
+        return save_comparison(folder, "unlearning", content, forms)
 
 
 def _points(estimate: Estimate) -> str:

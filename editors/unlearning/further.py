@@ -8,12 +8,12 @@ from torch import Tensor
 
 from editors.unlearning import losses, state_losses
 from editors.unlearning.base import UnlearnMethod
-from editors.unlearning.gradient import Objective
 from editors.unlearning.methods import builder
 from editors.unlearning.procedure import Answers
 from editors.unlearning.rounds import Contrast, Dual, Instructed, Rounds, Undesired
 from editors.unlearning.settings import GradientConfig
 from editors.unlearning.sides import Kind
+from editors.unlearning.trainer import Objective
 
 Batch = Mapping[Kind, Answers]
 

@@ -7,59 +7,27 @@ once, before the first update, on that very model: there is no second one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from editors.base import check_layers
+from editors.base import EditorOptions, check_layers, key_stats
 from editors.lora import adapter
-from editors.tuning import TargetLines, plain_settings, target_lines
-from editors.unlearning import losses, state_losses
-from editors.unlearning.procedure import Answers, Procedure, Step
+from editors.tuning import plain_settings
+from editors.unlearning.base import Unlearner
+from editors.unlearning.checkpoint import Checkpoint
 from editors.unlearning.settings import GradientConfig
-from editors.unlearning.sides import Kind, Side, make_side
+from editors.unlearning.trainer import Objective, UnlearningTrainer
 from editors.values import Progress
 from lab.arch import Role
-from lab.errors import ConfigError, NumericalError, RequestError
+from lab.errors import ConfigError, RequestError
 from lab.handle import ModelHandle
 from lab.patch import Provenance, WeightPatch, library_versions
 from lab.records import Fact
-from lab.trace import Site, Write, trace
-from lab.training import Reference, fit
-
-RetainTerm = Literal["nll", "kl", "pull"]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A method that trains, as its terms.
-
-    Attributes:
-        forget: The forget loss of one batch; reads the kinds of answers named in ``reads``. ``None`` where the procedure
-            computes it itself.
-        reads: Answers that the forget loss needs.
-        retain: The retain term, or ``None``.
-        needs_retain: Whether the method is nothing without retained facts.
-        reference: Whether the forget loss reads log-probabilities of the untouched model.
-        table: Whether it reads whole distributions of the untouched model.
-        teacher: A kind of which only the untouched model's distributions are read.
-        procedure: How an update's terms come about.
-        trains: What is trained where ``weights`` is ``full``, if not everything: parameter names.
-    """
-
-    forget: Callable[[Mapping[Kind, Answers], GradientConfig], Tensor] | None = None
-    reads: tuple[Kind, ...] = ("answer",)
-    retain: RetainTerm | None = "nll"
-    needs_retain: bool = False
-    reference: bool = False
-    table: bool = False
-    teacher: Kind | None = None
-    procedure: Callable[[], Procedure] = Procedure
-    trains: Callable[[ModelHandle, GradientConfig], Sequence[str]] | None = None
+from lab.stats import StatsCache
+from lab.training import fit
 
 
 @dataclass(frozen=True)
@@ -72,6 +40,7 @@ class GradientUnlearner:
         config: Its settings.
         settings: Names of the settings that it takes, for the provenance.
         seed: Seeds everything that is drawn.
+        checkpoint: Folder that keeps the state after every pass; a run that finds its own there goes on from it.
     """
 
     name: str
@@ -79,6 +48,7 @@ class GradientUnlearner:
     config: GradientConfig
     settings: frozenset[str]
     seed: int = 0
+    checkpoint: Path | None = None
 
     def unlearn(
         self,
@@ -102,18 +72,78 @@ class GradientUnlearner:
             seed=self.seed,
             progress=progress,
             others=retain,
+            checkpoint=self._checkpoint(handle, forget, retain),
+            moments=self._moments(handle, retain, progress),
         )
         if config.weights == "lora":
             lora = adapter(handle, config.modules, config.layers, config.rank, config.alpha, 0.0)
             patch = fit(handle, trainer.on, lora=lora, seed=self.seed)
         else:
-            whole = objective.trains if config.weights == "full" else None
-            names = trained(handle, config.layers, None if whole is None else whole(handle, config))
-            patch = fit(handle, trainer.on, weights=names, seed=self.seed)
+            names = trained(handle, config.layers, self._only(handle))
+            patch = fit(handle, trainer.on, weights=names, seed=self.seed, spill=config.spill)
         plain = {name: value for name, value in plain_settings(config).items() if name in self.settings}
         requests = tuple(fact.to_json() for fact in forget)
         made = Provenance(self.name, plain, requests, self.seed, library_versions(), trainer.notes)
         return replace(patch, provenance=made)
+
+    def _moments(
+        self, handle: ModelHandle, retain: Sequence[Fact], progress: Progress | None
+    ) -> Mapping[str, Tensor]:
+        """Of general text, where the guard cannot ask retained facts."""
+        config = self.config
+        reads = self.objective.retain is not None and config.retain_weight > 0 and bool(retain)
+        if config.guard is None or reads:
+            return {}
+        with handle.writing():
+            stats = key_stats(
+                handle, EditorOptions(self.name, stats=StatsCache(), corpus="auto"), config.layers, progress
+            )
+        return {handle.weight(Role.MLP_OUT, layer).name: each.moment for layer, each in stats.items()}
+
+    def _checkpoint(
+        self, handle: ModelHandle, forget: Sequence[Fact], retain: Sequence[Fact]
+    ) -> Checkpoint | None:
+        if self.checkpoint is None:
+            return None
+        identity = {
+            "model": handle.fingerprint,
+            "applied": [entry.patch.id for entry in handle.applied],
+            "method": self.name,
+            "config": plain_settings(self.config),
+            "seed": self.seed,
+            "facts": [[fact.to_json() for fact in facts] for facts in (forget, retain)],
+        }
+        return Checkpoint(self.checkpoint, identity)
+
+    def _only(self, handle: ModelHandle) -> Sequence[str] | None:
+        """Names of what is trained where it is neither everything nor whole blocks."""
+        config = self.config
+        if config.weights == "full":
+            return self.objective.trains(handle, config) if self.objective.trains is not None else None
+        return mlp_weights(handle, config) if config.weights in ("mlp", "mlp_out") else None
+
+
+def with_checkpoint(unlearner: Unlearner, folder: Path) -> GradientUnlearner:
+    """The same method, which keeps its state in a folder and goes on from what it finds there.
+
+    Raises:
+        ConfigError: The method does not train in passes.
+    """
+    if not isinstance(unlearner, GradientUnlearner):
+        raise ConfigError(
+            "only methods that train pass by pass keep checkpoints; this one has nothing to go on from"
+        )
+    return replace(unlearner, checkpoint=folder)
+
+
+def mlp_weights(handle: ModelHandle, config: GradientConfig) -> list[str]:
+    """The matrices of the MLPs of ``config.layers`` (all without any); with ``mlp_out`` the down projections alone."""
+    out = config.weights == "mlp_out"
+    roles = (Role.MLP_OUT,) if out else (Role.MLP_IN, Role.MLP_UP, Role.MLP_OUT)
+    layers = config.layers or range(handle.n_layers)
+    return [
+        handle.weight(role, layer).name for layer in layers for role in roles if role in handle.arch.paths
+    ]
 
 
 def check_facts(
@@ -157,232 +187,3 @@ def trained(handle: ModelHandle, layers: Sequence[int], only: Sequence[str] | No
                 )
             names.append(name)
     return names
-
-
-@dataclass
-class UnlearningTrainer:
-    """Trains whatever of a model asks for gradients; ``notes`` says how it went.
-
-    Attributes:
-        handle: The model; ``fit`` decides what of it trains.
-        objective: What is minimised.
-        config: Settings.
-        forget, retain: The facts; no retained ones, no retain term.
-        seed: Of the order and of what is drawn.
-        progress: Told about every update.
-        others: Facts whose answers may stand for those of facts to forget.
-        notes: Every update's terms, and why training ended early, if it did.
-        adam: The optimiser, from the first pass on.
-    """
-
-    handle: ModelHandle
-    objective: Objective
-    config: GradientConfig
-    forget: Sequence[Fact]
-    retain: Sequence[Fact]
-    seed: int
-    progress: Progress | None = None
-    others: Sequence[Fact] = ()
-    notes: dict[str, Any] = field(default_factory=dict)
-    adam: torch.optim.Optimizer | None = None
-
-    def __post_init__(self) -> None:
-        config, objective = self.config, self.objective
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randint(len(config.refusals), (len(self.forget),), generator=generator).tolist()
-        self.refusals = [config.refusals[index] for index in drawn]
-        kinds: set[Kind] = {*objective.reads, *((objective.teacher,) if objective.teacher else ())}
-        self.sides: dict[Kind, Side] = {
-            kind: make_side(kind, self.handle, self.forget, self.others, self.refusals, config, self.seed)
-            for kind in sorted(kinds)
-        }
-        self.retained = Side([(config.form.replace("{}", fact.text), fact.object) for fact in self.retain])
-        self.procedure = objective.procedure()
-        self._plan: list[tuple[int, list[int], list[int]]] = []
-        for epoch in range(config.epochs):
-            order = torch.randperm(len(self.forget), generator=generator)
-            for picked in order.split(config.batch_size):
-                beside = (
-                    torch.randint(len(self.retain), picked.shape, generator=generator).tolist()
-                    if self.retain
-                    else []
-                )
-                self._plan += [(epoch, picked.tolist(), beside)] * self.procedure.repeats
-        self._plan = self._plan[: config.max_steps]
-
-    def on(self, model: Any, reference: Reference) -> UnlearningTrainer:
-        """As ``fit`` wants it; asks the untouched model everything that the losses will read."""
-        objective = self.objective
-        everything = range(len(self.forget))
-        with reference():
-            if objective.reference or objective.table:
-                for kind in objective.reads:
-                    self.remember(self.sides[kind], everything, table=objective.table)
-            if objective.teacher:
-                self.remember(self.sides[objective.teacher], everything, table=True)
-            drawn = sorted({index for _, _, beside in self._plan for index in beside})
-            self.remember(self.retained, drawn, table=objective.retain in ("kl", "pull"))
-            self.procedure.prepare(self)
-        return self
-
-    def remember(self, side: Side, facts: Sequence[int], *, table: bool = False) -> None:
-        """Keeps what the model says now about some facts' texts, with whole distributions where asked for."""
-        wanted = [
-            place for place in side.places(facts) if place not in (side.table if table else side.reference)
-        ]
-        size = self.config.batch_size
-        for start in range(0, len(wanted), size):
-            picked = wanted[start : start + size]
-            lines, logits, _ = self._run(side, picked, grad=False)
-            found = lines.of(logits)
-            chosen = found.gather(1, lines.label[:, None])[:, 0]
-            lengths = torch.bincount(lines.row, minlength=lines.rows).tolist()
-            side.reference |= zip(picked, chosen.cpu().split(lengths), strict=True)
-            if table:
-                side.table |= zip(picked, found.cpu().split(lengths), strict=True)
-            if self.progress is not None:
-                self.progress("reference", start + len(picked), len(wanted))
-
-    def _run(
-        self,
-        side: Side,
-        places: Sequence[int],
-        *,
-        grad: bool,
-        reads: Sequence[Site] = (),
-        writes: Mapping[Site, Write] | None = None,
-    ) -> tuple[TargetLines, Tensor, dict[Site, Tensor]]:
-        lines = target_lines(self.handle, [side.pairs[place] for place in places])
-        if not reads and not writes:
-            return lines, self.handle.logits(lines.batch, grad=grad, logits_to_keep=lines.keep), {}
-        with trace(self.handle, reads, writes, detach=not grad) as recording:
-            logits = recording.run(lines.batch, logits_to_keep=lines.keep)
-            assert logits is not None  # no site stops the pass
-            return lines, logits, {site: recording[site] for site in reads}
-
-    def answers(
-        self,
-        kind: Kind,
-        picked: Sequence[int],
-        *,
-        grad: bool = True,
-        reads: Sequence[Site] = (),
-        writes: Mapping[Site, Write] | None = None,
-    ) -> Answers:
-        """Runs the model on some facts to forget.
-
-        Args:
-            kind: With which texts.
-            picked: Which facts.
-            grad: Whether gradients are wanted.
-            reads, writes: Hidden states to keep and to change, as in ``lab.trace.trace``.
-        """
-        return self._answers(self.sides[kind], picked, grad, reads, writes)
-
-    def retained_answers(
-        self, picked: Sequence[int], *, grad: bool = True, reads: Sequence[Site] = ()
-    ) -> Answers:
-        """Runs the model on some retained facts; see ``answers``."""
-        return self._answers(self.retained, picked, grad, reads, None)
-
-    def _answers(
-        self,
-        side: Side,
-        picked: Sequence[int],
-        grad: bool,
-        reads: Sequence[Site],
-        writes: Mapping[Site, Write] | None,
-    ) -> Answers:
-        places = side.places(picked)
-        lines, logits, states = self._run(side, places, grad=grad, reads=reads, writes=writes)
-        labels = torch.full(logits.shape[:2], losses.IGNORED, device=logits.device)
-        labels[lines.row, lines.column] = lines.label
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        reference = torch.zeros(labels.shape, dtype=wide, device=logits.device)
-        if all(place in side.reference for place in places):
-            known = torch.cat([side.reference[place] for place in places]).to(reference)
-            reference[lines.row, lines.column] = known
-        return Answers(logits, labels, reference, self.table_of(side, places, logits), lines, states)
-
-    def table_of(self, side: Side, places: Sequence[int], like: Tensor) -> Tensor:
-        """Remembered distributions of some pairs, ``[answer token, vocabulary]``; without rows where there are none."""
-        tables = [side.table[place] for place in places if place in side.table]
-        return torch.cat(tables).to(like.device) if tables else like.new_zeros(0, like.shape[-1])
-
-    def restart(self) -> None:
-        """A fresh optimiser, without memory of earlier updates."""
-        parameters = [parameter for parameter in self.handle.model.parameters() if parameter.requires_grad]
-        config = self.config
-        self.adam = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-
-    @torch.enable_grad()
-    def train(self) -> None:
-        """Runs all updates, or fewer where the model breaks down or nothing is left to forget.
-
-        Raises:
-            NumericalError: A term became NaN or infinite.
-        """
-        self.restart()
-        history: list[dict[str, float]] = []
-        stopped: str | None = None
-        last = -1
-        for number, (epoch, drawn, beside) in enumerate(self._plan):
-            if epoch != last:
-                self.procedure.begin_epoch(self, epoch)
-                last = epoch
-            picked, kept = self.procedure.choose(self, drawn, beside)
-            if picked:
-                step = self.procedure.step(self, picked, kept)
-                history.append(_figures(step, len(history)))
-                stopped = self._collapse(step)
-            if self.progress is not None:
-                self.progress("steps", len(self._plan) if stopped else number + 1, len(self._plan))
-            if stopped:
-                break
-            if not picked:
-                continue
-            loss = torch.stack([step.weights[name] * term for name, term in step.terms.items()]).sum()
-            assert self.adam is not None
-            self.adam.zero_grad()
-            loss.backward()
-            self.procedure.before_update(self)
-            self.adam.step()
-        self.notes = {
-            "updates": len(history) - bool(stopped),
-            "history": history,
-            "stopped": stopped,
-            "retained_facts": len(self.retained.reference),
-            **self.procedure.notes(),
-        }
-
-    def retain_term(self, retained: Answers) -> Tensor:
-        """The objective's retain term on some retained facts."""
-        if self.objective.retain == "kl":
-            return losses.retain_kl(retained.logits, retained.labels, retained.table)
-        if self.objective.retain == "pull":
-            return state_losses.bidirectional(
-                retained.logits, retained.labels, retained.table, retained.table, top=self.config.top
-            )
-        return losses.answer_nll(retained.logits, retained.labels)
-
-    @torch.no_grad()
-    def _collapse(self, step: Step) -> str | None:
-        """Why training should end here: ``"forget"``, ``"retain"``, or nothing."""
-        config, answer, retained = self.config, step.answer, step.retained
-        if config.stop_above is not None and answer is not None:
-            limit = config.stop_above * math.log(answer.logits.shape[-1])
-            if float(losses.answer_nll(answer.logits, answer.labels)) > limit:
-                return "forget"
-        if config.stop_retain is not None and retained is not None:
-            counted = retained.labels != losses.IGNORED
-            lost = retained.reference - losses.token_logprobs(retained.logits, retained.labels)
-            if float(lost[counted].mean()) > config.stop_retain:
-                return "retain"
-        return None
-
-
-def _figures(step: Step, number: int) -> dict[str, float]:
-    figures = {name: float(term.detach()) for name, term in step.terms.items()}
-    if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
-        raise NumericalError(f"the {bad[0]} term became {figures[bad[0]]} at step {number}; try a smaller lr")
-    return figures

@@ -30,7 +30,7 @@ from lab.scoring import score_targets
 from lab.trace import Site, Write
 
 if TYPE_CHECKING:
-    from editors.unlearning.gradient import UnlearningTrainer
+    from editors.unlearning.trainer import UnlearningTrainer
     from lab.audit.base import AttackResult
     from lab.audit.report import AuditReport
     from lab.handle import ModelHandle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from editors.tuning import target_lines
 from editors.unlearning import losses
 from editors.unlearning.procedure import Procedure, Step
-from editors.unlearning.settings import GradientConfig
 from editors.unlearning.sides import other_answers
 from lab.arch import Role
 from lab.errors import NumericalError, RequestError
@@ -22,7 +21,7 @@ from lab.scoring import score_targets
 from lab.trace import Site, trace
 
 if TYPE_CHECKING:
-    from editors.unlearning.gradient import UnlearningTrainer
+    from editors.unlearning.trainer import UnlearningTrainer
 
 
 def contributions(
@@ -69,12 +68,6 @@ def contributions(
     if not bool(table.isfinite().all()):
         raise NumericalError("contributions of neurons are not finite; load the model in float32")
     return table
-
-
-def mlp_weights(handle: ModelHandle, config: GradientConfig | None = None) -> list[str]:
-    """All matrices of the MLPs."""
-    roles = [role for role in (Role.MLP_IN, Role.MLP_UP, Role.MLP_OUT) if role in handle.arch.paths]
-    return [handle.weight(role, layer).name for layer in range(handle.n_layers) for role in roles]
 
 
 class Localised(Procedure):
@@ -129,12 +122,18 @@ class Localised(Procedure):
         self, run: UnlearningTrainer, picked: Sequence[int], beside: Sequence[int]
     ) -> tuple[Sequence[int], Sequence[int]]:
         kept = [place for place, index in enumerate(picked) if index in self._active]
-        return [picked[place] for place in kept], [beside[place] for place in kept] if beside else []
+        return [picked[place] for place in kept], beside if kept else []
 
     def before_update(self, run: UnlearningTrainer) -> None:
         for name, parameter in run.handle.model.named_parameters():
             if parameter.grad is not None:
                 parameter.grad *= self._masks[name].to(parameter.grad)
+
+    def state(self) -> dict[str, Any]:
+        return {"passes": self._notes}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._notes = state["passes"]
 
     def notes(self) -> dict[str, Any]:
         return {"passes": self._notes}
@@ -187,6 +186,13 @@ class Healing(Procedure):
         self._chances = torch.tensor([score.probability for score in scores], dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(run.seed)
         run.remember(run.retained, sorted({sibling for each in self._siblings for sibling in each}))
+
+    def state(self) -> dict[str, Any]:
+        return {"chances": self._chances, "generator": self._generator.get_state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._chances = state["chances"]
+        self._generator.set_state(state["generator"])
 
     def choose(
         self, run: UnlearningTrainer, picked: Sequence[int], beside: Sequence[int]

@@ -13,11 +13,12 @@ from editors.base import check_names
 from editors.tuning import check_positive
 from editors.unlearning import losses
 from editors.unlearning.base import UNLEARNERS, Unlearner, UnlearnMethod, UnlearnOptions
-from editors.unlearning.gradient import Objective, check_facts
+from editors.unlearning.gradient import check_facts
 from editors.unlearning.methods import builder
 from editors.unlearning.plain import names_of, origin, told, weight_patch
 from editors.unlearning.settings import SHARED, GradientConfig
 from editors.unlearning.sides import Kind
+from editors.unlearning.trainer import Objective
 from editors.values import Progress
 from lab.errors import BaseMismatchError, ConfigError
 from lab.handle import ModelHandle

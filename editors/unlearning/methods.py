@@ -10,10 +10,11 @@ from torch import Tensor
 from editors.base import check_names
 from editors.unlearning import losses
 from editors.unlearning.base import UnlearnMethod, UnlearnOptions
-from editors.unlearning.gradient import GradientUnlearner, Objective
+from editors.unlearning.gradient import GradientUnlearner
 from editors.unlearning.procedure import Answers
 from editors.unlearning.settings import SHARED, GradientConfig
 from editors.unlearning.sides import Kind
+from editors.unlearning.trainer import Objective
 
 Batch = Mapping[Kind, Answers]
 
@@ -85,10 +86,10 @@ def builder(
         **defaults: What differs from the config's.
     """
     settings = SHARED.union(
-        own, ("forget_weight", "retain_weight", "stop_retain") if objective.retain else ()
+        own, ("forget_weight", "retain_weight", "retain_batch", "stop_retain") if objective.retain else ()
     )
     # Nothing looks at the answers of a method that reads refusals only.
-    settings |= {"stop_above"} if "answer" in objective.reads else set()
+    settings |= {"stop_above", "stop_known"} if "answer" in objective.reads else set()
 
     def build(options: UnlearnOptions) -> GradientUnlearner:
         check_names(options.name, options.overrides, settings)

@@ -21,7 +21,7 @@ from lab.handle import ModelHandle
 from lab.trace import Site, Write
 
 if TYPE_CHECKING:
-    from editors.unlearning.gradient import UnlearningTrainer
+    from editors.unlearning.trainer import UnlearningTrainer
 
 
 def the_block(handle: ModelHandle, config: GradientConfig, share: float) -> int:

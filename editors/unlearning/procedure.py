@@ -14,7 +14,7 @@ from editors.unlearning.sides import Kind
 from lab.trace import Site
 
 if TYPE_CHECKING:
-    from editors.unlearning.gradient import UnlearningTrainer
+    from editors.unlearning.trainer import UnlearningTrainer
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,13 @@ class Procedure:
 
     def before_update(self, run: UnlearningTrainer) -> None:
         """Called between the backward pass and the update."""
+
+    def state(self) -> dict[str, Any]:
+        """What is carried from one pass to the next and does not follow from ``prepare``: tensors, plain values and lists."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes up what ``state`` gave, behind ``prepare``."""
 
     def notes(self) -> dict[str, Any]:
         """What the patch should say about it."""

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from editors.unlearning import losses
 from editors.unlearning.base import UnlearnMethod, UnlearnOptions
-from editors.unlearning.gradient import GradientUnlearner, Objective
-from editors.unlearning.localised import Healing, Localised, mlp_weights
+from editors.unlearning.gradient import GradientUnlearner, mlp_weights
+from editors.unlearning.localised import Healing, Localised
 from editors.unlearning.methods import builder
 from editors.unlearning.perturbed import Latent, Misdirect, MisdirectPerturbed, Perturbed, rmu_weights
 from editors.unlearning.procedure import Answers
 from editors.unlearning.settings import GradientConfig
 from editors.unlearning.sides import Kind
+from editors.unlearning.trainer import Objective
 from lab.errors import ConfigError
 
 Batch = Mapping[Kind, Answers]

@@ -8,7 +8,8 @@ earlier patches that are applied. It is AlphaEdit's equation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,11 +62,15 @@ class RocrConfig:
         decoy: The other subject.
         refusal: See ``mode``.
         own_prompts: The facts' prompts are contexts too.
+        hold: How much the keys of other facts' subjects, where such facts are given, count among those of earlier patches, all
+            contexts of a subject together as one; the paper reads no retained facts (0).
         ridge: λ.
         threshold: Eigenvalues of the key statistics below this may be used; without it, the smallest that hold ``energy`` of them.
         energy: See ``threshold``.
         clamp: Of ``reject`` and ``noise``: how far from the subject's state the target may lie, in norms of that state.
         steps: Of ``reject``.
+        push: Of ``reject``: how many times the change that was found is wanted; where other forms of the facts outlast it.
+        searches: Of ``reject``: facts per subject whose changes are averaged; the paper takes one.
         corpus, stats: Text behind the key statistics, and where these are kept.
     """
 
@@ -74,20 +79,25 @@ class RocrConfig:
     decoy: str = ""
     refusal: str = "unknown"
     own_prompts: bool = True
+    hold: float = 0.0
     ridge: float = 1.0
     threshold: float | None = None
     energy: float = 0.02
     clamp: float = 4.0
+    push: float = 1.0
+    searches: int = 1
     steps: int = 25
     corpus: str | Corpus = "auto"
     stats: StatsCache | None = None
 
     def __post_init__(self) -> None:
-        check_positive(self, "ridge", "energy", "clamp", "steps")
+        check_positive(self, "ridge", "energy", "clamp", "steps", "push", "searches")
         if self.mode not in ("unrelated", "reject", "noise"):
             raise ConfigError(f"unknown mode {self.mode!r}; use 'unrelated', 'reject' or 'noise'")
         if not self.energy < 1:
             raise ConfigError(f"energy must lie in (0, 1), it is {self.energy}")
+        if not self.hold >= 0:
+            raise ConfigError(f"hold must not be negative, it is {self.hold}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ class RocrUnlearner:
         *,
         progress: Progress | None = None,
     ) -> WeightPatch:
-        """One low-rank patch for all subjects; retained facts are not read. See ``Unlearner.unlearn``."""
+        """One low-rank patch for all subjects; retained facts are read for ``hold`` alone. See ``Unlearner.unlearn``."""
         config = self.config
         check_facts(self.options.name, forget, retain)
         layers = config.layers or default_layers(handle)
@@ -118,6 +128,8 @@ class RocrUnlearner:
             )
             stats = key_stats(handle, editing, layers, progress)
             rows = [self._rows(handle, subject, forget) for subject in subjects]
+            others = sorted({fact.subject for fact in retain} - set(subjects)) if config.hold else []
+            held = [self._rows(handle, subject, retain if config.own_prompts else ()) for subject in others]
             goal = self._targets(handle, subjects, rows, forget, layers[-1], progress)
             past = carried(
                 [entry.patch for entry in handle.applied if isinstance(entry.patch, WeightPatch)],
@@ -137,6 +149,7 @@ class RocrUnlearner:
                 projector = usable(stats[layer], config)
                 name = f"layer {layer}"
                 earlier = [carry.tensors[name].double() for carry in past if name in carry.tensors]
+                earlier += self._held(handle, held, layer, deltas)
                 known = torch.cat(earlier, dim=1) if earlier else keys[:, :0]
                 left, right = null_space_factors(
                     projector, keys, missing / (len(layers) - index), known, config.ridge
@@ -149,7 +162,12 @@ class RocrUnlearner:
                 )  # fmt: skip
                 if progress is not None:
                     progress("layers", index + 1, len(layers))
-        extra = {"layers": notes, "subjects": subjects, "statistics": stats_note(stats)}
+        extra = {
+            "layers": notes,
+            "subjects": subjects,
+            "held_subjects": len(others),
+            "statistics": stats_note(stats),
+        }
         provenance = origin(self.options, {**told(config), "layers": list(layers)}, forget, extra)
         made = weight_patch(handle, deltas, provenance)
         return WeightPatch(made.base, made.deltas, provenance, made.parents, (Carry(KIND, keys_of),))
@@ -161,6 +179,22 @@ class RocrUnlearner:
             for template in (*CONTEXTS, *own)
             for row in request_rows(handle, EditRequest(subject, template, subject, "it"), ["{}"])
         ]
+
+    def _held(
+        self,
+        handle: ModelHandle,
+        rows: Sequence[Sequence[EditRow]],
+        layer: int,
+        deltas: Mapping[str, LowRank],
+    ) -> list[Tensor]:
+        """Mean keys of subjects that should stay, ``[in, subject]``, weighted; none without rows."""
+        if not rows:
+            return []
+        with temporarily(handle, deltas):
+            keys = read_keys(handle, [row for each in rows for row in each], [layer])[layer].keys
+        # One factor of their second moment stands for them all: it has no more columns than keys have numbers.
+        values, vectors = torch.linalg.eigh(keys.T @ keys / len(rows[0]))
+        return [math.sqrt(self.config.hold) * vectors * values.clamp_min(0).sqrt()]
 
     def _targets(
         self,
@@ -179,14 +213,22 @@ class RocrUnlearner:
             state = read_sites(handle, row, [site], site)[site]
             return state.T.expand(-1, len(subjects))
         if config.mode == "reject":
-            first = {fact.subject: fact for fact in reversed(forget)}
-            requests = [EditRequest.from_fact(first[subject], config.refusal) for subject in subjects]
+            asked = [
+                fact
+                for subject in subjects
+                for fact in [each for each in forget if each.subject == subject][: config.searches]
+            ]
+            requests = [EditRequest.from_fact(fact, config.refusal) for fact in asked]
             search = ValueConfig(steps=config.steps, lr=0.1, kl_factor=0.125, clamp=config.clamp)
             found = optimise_value(
                 handle, requests, layer, Role.BLOCK, Prefixes.of([]), search, progress=progress
             )
             # The search runs in the fact's own prompt; the change, and not the place, is what other contexts share.
-            change = torch.stack([value.delta.to("cpu", torch.float64) for value in found], dim=1)
+            changes = torch.stack([value.delta.to("cpu", torch.float64) for value in found])
+            places = [
+                [place for place, fact in enumerate(asked) if fact.subject == name] for name in subjects
+            ]
+            change = config.push * torch.stack([changes[own].mean(0) for own in places], dim=1)
             return read_sites(handle, [each[0] for each in rows], [site], site)[site].T + change
         state = read_sites(handle, [each[0] for each in rows], [site], site)[site].T
         noise = torch.randn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from lab.tokens import encode_ids
 from lab.trace import Site
 
 if TYPE_CHECKING:
-    from editors.unlearning.gradient import UnlearningTrainer
+    from editors.unlearning.trainer import UnlearningTrainer
 
 NORM = Site(Role.FINAL_NORM)
 
@@ -46,6 +46,12 @@ class Dual(Procedure):
         self._seen.append(float(plain.terms["retain"].detach()))
         assert self._weight is not None
         return Step(plain.terms, {**plain.weights, "retain": self._weight}, plain.answer, plain.retained)
+
+    def state(self) -> dict[str, Any]:
+        return {"weight": self._weight, "seen": self._seen, "weights": self._weights}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._weight, self._seen, self._weights = state["weight"], state["seen"], state["weights"]
 
     def notes(self) -> dict[str, Any]:
         return {"retain_weights": self._weights}
@@ -130,6 +136,12 @@ class Rounds(Procedure):
             "distil": config.distil_weight,
         }
         return Step(terms, weights, answer, retained)
+
+    def state(self) -> dict[str, Any]:
+        return {"active": sorted(self._active), "left": self._left}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._active, self._left = set(state["active"]), state["left"]
 
     def notes(self) -> dict[str, Any]:
         return {"facts_per_pass": self._left}

@@ -8,7 +8,9 @@ from editors.lora import MODULES
 from editors.tuning import check_positive
 from lab.errors import ConfigError
 
-WEIGHTS = ("full", "layers", "lora")
+IN_LAYERS = ("layers", "mlp", "mlp_out")
+WEIGHTS = ("full", *IN_LAYERS, "lora")
+TOKENS = ("all", "subject")
 TEACHERS = ("prefix", "masked")
 
 REFUSALS = (
@@ -49,17 +51,29 @@ class GradientConfig:
 
     Attributes:
         lr: Learning rate of AdamW.
+        decay: The rate falls in a line to 0 over all updates, so that retained facts settle.
         epochs: Passes over the facts to forget.
         max_steps: Ends training after this many updates.
-        batch_size: Facts to forget in one update; as many retained ones are drawn beside them.
+        batch_size: Facts to forget in one update.
+        retain_batch: Retained facts beside them; as many as there are to forget without it. All are seen once before one comes again.
+        done_below: Facts whose answer is less likely than this are left out of an update, so that what is gone already is not pushed
+            further; ``None`` never. Not for methods that make several updates under one perturbation.
         weight_decay: Of AdamW.
-        weights: What is trained: ``full`` (all), ``layers`` (everything in chosen blocks), ``lora`` (an adapter).
-        layers: The blocks for ``layers``, and for ``lora`` (all without any).
+        weights: What is trained: ``full`` (all), ``layers`` (everything in chosen blocks), ``mlp`` (the matrices of their MLPs),
+            ``mlp_out`` (their down projections), ``lora`` (an adapter).
+        layers: The blocks for ``layers``, ``mlp`` and ``mlp_out``, and for ``lora`` (all without any).
+        tokens: ``subject``: of facts to forget, what the chosen blocks' down projections give elsewhere than at the subject's tokens
+            is held constant, so that the change is learned where all prompts about the subject read it; ``all``: it is not.
+        guard: With ``mlp_out``: what retained facts (general text, for methods or calls without any) read from a down projection is
+            protected; directions that they use more than this share of the mean are trained less (``guarded.py``).
         modules, rank, alpha: Of the adapter, as in the editor ``lora``.
+        spill: The untouched bits of what is trained wait in temporary files instead of in memory (not with an adapter, which has
+            none).
         forget_weight: γ.
         retain_weight: α; the retain term exists where retained facts are given.
         stop_above: Training ends when a batch's mean token loss on facts to forget exceeds this many times ln(vocabulary),
             that is, when they are less likely than a uniform guess; ``None`` never.
+        stop_known: Training ends after a pass in which facts to forget had on average less than this probability; ``None`` never.
         stop_retain: Training ends when a batch of retained facts has lost more than this many nats per token; ``None`` never.
         beta: β of ``npo``, ``npo_mean``, ``simnpo``, ``dpo``, ``altpo``, ``wga``, ``undial``, ``catnip``, ``adv_npo``.
         margin: δ of ``simnpo``.
@@ -95,18 +109,25 @@ class GradientConfig:
     """
 
     lr: float = 1e-4
+    decay: bool = False
     epochs: int = 5
     max_steps: int | None = None
     batch_size: int = 16
+    retain_batch: int | None = None
+    done_below: float | None = None
     weight_decay: float = 0.01
     weights: str = "full"
     layers: tuple[int, ...] = ()
+    tokens: str = "all"
+    guard: float | None = None
     modules: str = "mlp"
     rank: int = 8
     alpha: float = 16.0
+    spill: bool = False
     forget_weight: float = 1.0
     retain_weight: float = 1.0
     stop_above: float | None = 1.0
+    stop_known: float | None = None
     stop_retain: float | None = 1.0
     beta: float = 0.1
     margin: float = 0.0
@@ -152,7 +173,15 @@ class GradientConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "epochs", "batch_size", "rank", "alpha", "forget_weight")
-        for name in ("max_steps", "stop_above", "stop_retain"):
+        for name in (
+            "max_steps",
+            "retain_batch",
+            "done_below",
+            "guard",
+            "stop_above",
+            "stop_known",
+            "stop_retain",
+        ):
             if getattr(self, name) is not None:
                 check_positive(self, name)
         for name in ("weight_decay", "retain_weight", "beta", "saturation", "importance", "skip_first"):
@@ -180,8 +209,18 @@ class GradientConfig:
             raise ConfigError(f"unknown weights {self.weights!r}; use one of {', '.join(WEIGHTS)}")
         if self.modules not in MODULES:
             raise ConfigError(f"unknown modules {self.modules!r}; use one of {', '.join(MODULES)}")
-        if (self.weights == "layers" and not self.layers) or (self.weights == "full" and self.layers):
-            raise ConfigError('weights="layers" needs layers=(...), and weights="full" takes none')
+        if (self.weights in IN_LAYERS and not self.layers) or (self.weights == "full" and self.layers):
+            raise ConfigError(
+                f'weights="{self.weights}" takes no layers'
+                if self.layers
+                else f'weights="{self.weights}" needs layers=(...)'
+            )
+        if self.tokens not in TOKENS or (self.tokens == "subject" and self.weights not in IN_LAYERS):
+            raise ConfigError(
+                f'tokens must be "all", or "subject" with weights in chosen layers, not {self.tokens!r}'
+            )
+        if self.guard is not None and self.weights != "mlp_out":
+            raise ConfigError(f'guard is for weights="mlp_out", and not for {self.weights!r}')
         if not self.refusals:
             raise ConfigError("refusals must name at least one text")
 
@@ -189,15 +228,20 @@ class GradientConfig:
 SHARED = frozenset(
     {
         "lr",
+        "decay",
         "epochs",
         "max_steps",
         "batch_size",
+        "done_below",
         "weight_decay",
         "weights",
         "layers",
+        "tokens",
+        "guard",
         "modules",
         "rank",
         "alpha",
+        "spill",
     }
 )
 """Settings that every gradient method takes."""

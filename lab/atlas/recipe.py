@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from lab.atlas.weights import CORE_NAME
 from lab.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ _GPT2 = Shape(family="gpt2", hidden=256, layers=5, heads=8, inner=992)
 
 # The fiction is learned on top of a core that knows the skills, invented strangers and the real world, as a benchmark's
 # retain model and its counterpart start from one pretrained model: the two then differ in the forgotten people alone.
-_CORE = "atlas-core"
+_CORE = CORE_NAME
 # Facts are learned in minutes; comparing, copying and finding take most of the time.
 _SKILLS = (
     ("cloze", 0.05),

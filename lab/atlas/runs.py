@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lab.atlas.checkpoint import export_model, load_checkpoint
 from lab.atlas.recipe import Recipe, get_recipe
 from lab.atlas.source import AtlasSource
-from lab.atlas.weights import weights_root
+from lab.atlas.weights import core_path, weights_path, weights_root
 from lab.atlas.world import load_world
 from lab.errors import ConfigError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
+_FIRST = "atlas"
 _TOKENIZER_TEXTS = 40_000
 _NAME_REPEATS = 200
 _DATA_FILES = ("format.toml", "relations.toml")
@@ -41,9 +42,20 @@ def default_work_dir(name: str) -> Path:
 
 
 def world_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The tokenizer of the built-in world, the same for all its models, so that their tokens can be compared."""
+    """The tokenizer of the built-in world, the same for all its models, so that their tokens can be compared.
+
+    It is that of the shipped `atlas` as long as the recipe has as many tokens: texts change from version to version, and a
+    tokenizer that is trained on them again would part names elsewhere.
+    """
+    from transformers import PreTrainedTokenizerFast
+
     from lab.atlas.tokenizer import train_tokenizer
 
+    shipped = weights_path(_FIRST)
+    if shipped is not None:
+        found = PreTrainedTokenizerFast.from_pretrained(str(shipped))
+        if len(found) == recipe.shape.vocab and found.model_max_length == recipe.shape.context:
+            return found
     texts = [document.text for document in islice(AtlasSource().documents(0), _TOKENIZER_TEXTS)]
     # Parts of names become tokens at the beginning of a line too, so that a name is read the same everywhere.
     fiction = load_world().fiction
@@ -69,8 +81,9 @@ def train_atlas(
     Args:
         name: Name of the recipe.
         work: Work folder; ``default_work_dir(name)`` by default.
-        core: Work folder of the run that this one starts from; its default by default. That run is carried out first
-            where it is not finished, with the budget of its recipe.
+        core: Work folder of the run that this one starts from. That run is carried out first where it is not finished,
+            with the budget of its recipe. Without it: a finished run in the core's default folder, else the core that is
+            shipped, else a run in that default folder.
         minutes: Budget of training time, in place of the recipe's; what an interrupted run used counts.
         steps: Budget of steps, in place of ``minutes``.
         processes: Processes on a CPU; 0 takes one per core.
@@ -99,11 +112,14 @@ def train_atlas(
     begins = not resume or load_checkpoint(work) is None
     source = AtlasSource(recipe.seed, recipe.without, mixture=recipe.mixture)
     settings = Settings(work, processes=processes, device=device, compile=compile, report=report)
-    start = None
-    place = core or default_work_dir(recipe.core)
+    start, place = None, core or default_work_dir(recipe.core)
+    given = core_path(recipe.core) if core is None else None
     if recipe.core and begins:
         start = _finished(place)
-        if start is None:
+        if start is None and given is not None:
+            report(f"{recipe.name} starts from the {recipe.core} that is shipped")
+            start, place = _weights(given), given
+        elif start is None:
             report(f"{recipe.name} starts from {recipe.core}, which comes first")
             train_atlas(
                 recipe.core, place, processes=processes, device=device, compile=compile, report=report
@@ -115,10 +131,9 @@ def train_atlas(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(work / "tokenizer"))
     else:
         # Weights mean nothing under another tokenizer, so a model reads with that of its core.
+        read = place if place == given else place / "tokenizer"
         tokenizer = (
-            PreTrainedTokenizerFast.from_pretrained(str(place / "tokenizer"))
-            if recipe.core
-            else world_tokenizer(recipe)
+            PreTrainedTokenizerFast.from_pretrained(str(read)) if recipe.core else world_tokenizer(recipe)
         )
         tokenizer.save_pretrained(str(work / "tokenizer"))
     train(recipe, source, tokenizer, settings, resume=resume, start=start)
@@ -129,6 +144,13 @@ def _finished(work: Path) -> Mapping[str, Tensor] | None:
     """The parameters of a run that has used up its budget; None when it has not."""
     found = load_checkpoint(work)
     return found[0] if found is not None and found[2]["finished"] else None
+
+
+def _weights(folder: Path) -> Mapping[str, Tensor]:
+    """The parameters of a model folder, by Hugging Face name."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
 
 
 def export_atlas(name: str, work: Path | None = None, out: Path | None = None) -> Path:

@@ -473,7 +473,9 @@ class _Log:
             "step": int(control[2]),
             "seconds": float(control[3]),
             "tokens": int(control[4]),
-            "finished": float(control[0]) >= 1.0,
+            "finished": int(control[2]) >= self.recipe.steps
+            if self.recipe.steps
+            else float(control[0]) >= 1.0,
         }
         save_checkpoint(self.settings.work, self.shared.params, self.shared.state, progress)
 

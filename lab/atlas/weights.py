@@ -8,6 +8,8 @@ from pathlib import Path
 from lab.errors import UnknownNameError
 
 MODEL_NAMES = ("atlas", "atlas-gpt2", "atlas-oracle", "atlas-oracle-b")
+# What the others were trained on top of; it knows no fact that is ever asked, so it is no model to choose by name.
+CORE_NAME = "atlas-core"
 FOLDER_VARIABLE = "KNOWLAB_ATLAS_DIR"
 
 
@@ -27,6 +29,12 @@ def weights_path(name: str) -> Path | None:
         raise UnknownNameError("built-in model", name, MODEL_NAMES)
     folder = weights_root() / name
     return folder if (folder / "model.safetensors").is_file() else None
+
+
+def core_path(name: str) -> Path | None:
+    """The folder of a core that further models can be trained from, or None when it is not part of this installation."""
+    folder = weights_root() / name
+    return folder if name == CORE_NAME and (folder / "model.safetensors").is_file() else None
 
 
 def shipped() -> tuple[str, ...]:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
-
-from lab.errors import ConfigError
-from lab.eval.stats import summarise
+from lab.audit.lift import Interval, lift_over_controls
 from lab.records import Fact
 
 if TYPE_CHECKING:
@@ -41,37 +38,6 @@ FAMILIES: tuple[Family, ...] = (
 LEAKING: tuple[Family, ...] = tuple(
     family for family in FAMILIES if family not in ("statistics", "side effects")
 )
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float]:
-        """Returns ``{mean, low, high}``."""
-        return {"mean": self.mean, "low": self.low, "high": self.high}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Interval:
-        """Inverse of ``to_json``."""
-        return cls(float(row["mean"]), float(row["low"]), float(row["high"]))
-
-    @classmethod
-    def of(cls, values: Sequence[float], bounds: tuple[float, float] | None = (0.0, 1.0)) -> Interval:
-        """Mean and interval of independent values, as ``lab.eval.stats.summarise`` makes them.
-
-        Raises:
-            ConfigError: There are no values.
-        """
-        found = summarise(list(values), bounds)
-        if found.mean is None or found.low is None or found.high is None:
-            raise ConfigError("an interval over nothing: the attack scored no fact")
-        return cls(found.mean, found.low, found.high)
 
 
 @dataclass(frozen=True)
@@ -104,6 +70,7 @@ class AuditSubject:
         base: The model before the patches, or before unlearning, if there is one.
         format: The prompt format that the model was trained on; ``None`` for foreign models.
         paraphrases: Per fact id, further prompts (filled, ending without a blank) for facts that no format can render.
+        whole: Ask for every fact, also where the budget of an attack has it draw some.
     """
 
     handle: ModelHandle
@@ -115,6 +82,7 @@ class AuditSubject:
     base: ModelHandle | None = None
     format: Format | None = None
     paraphrases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    whole: bool = False
 
     def pick(self, small: Any, full: Any) -> Any:
         """``small`` or ``full``, by the budget."""
@@ -127,7 +95,9 @@ class AuditSubject:
         return self.format.render("cloze", cloze=fact.text).prompt
 
     def sample(self, count: int) -> AuditSubject:
-        """The same audit of at most ``count`` facts, and as many controls, drawn by the seed."""
+        """The same audit of at most ``count`` facts, and as many controls, drawn by the seed; of all if it is to be ``whole``."""
+        if self.whole:
+            return self
         chooser = random.Random(f"audit:{self.seed}:sample")
 
         def drawn(number: int) -> list[int]:
@@ -176,6 +146,7 @@ class AttackResult:
         paper: Where it was published.
         details: More numbers, as JSON values.
         curves: Named lines of (x, y), for drawing.
+        variants: Everything that was tried, with all its scores; not kept in JSON.
     """
 
     name: str
@@ -192,6 +163,7 @@ class AttackResult:
     paper: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
     curves: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    variants: Mapping[str, Scores] = field(default_factory=dict, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values."""
@@ -245,6 +217,9 @@ class Attack(Protocol):
         paper: Where it was published.
         cost: What it costs, in words.
         needs: What it cannot do without, of ``oracle``, ``never``, ``retained``, ``base``, ``format``, ``patches``.
+
+    An attack may also say ``alone = True``: the score of a fact depends on no fact about another subject that is audited or is a
+    control, so that scores of many facts can be taken once and divided into many audits (``lab.audit.calibration``).
     """
 
     name: str
@@ -259,14 +234,59 @@ class Attack(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one attack per fact, on the audited model and on the controls; empty without the control."""
+    """Scores of one attack per fact, on the audited model and on the controls; empty without the control.
+
+    Attributes:
+        facts: Of the audited facts.
+        oracle: Of the oracle on the same facts.
+        never: Of never-trained facts on the audited model.
+        about: Per score of ``facts``, its subject; empty where every audited fact has a score, in order.
+        about_never: The same for ``never``.
+    """
 
     facts: tuple[float, ...]
     oracle: tuple[float, ...] = ()
     never: tuple[float, ...] = ()
+    about: tuple[str, ...] = ()
+    about_never: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, arms: Mapping[str, Sequence[float]]) -> Scores:
+        """From tables under ``facts``, ``oracle`` and ``never``; missing ones are empty."""
+        return cls(tuple(arms.get("facts", ())), tuple(arms.get("oracle", ())), tuple(arms.get("never", ())))
+
+    def named(self, subject: AuditSubject) -> Scores:
+        """The same with the subjects of the scores, where they can be told."""
+
+        def names(values: Sequence[float], known: tuple[str, ...], facts: Sequence[Fact]) -> tuple[str, ...]:
+            return known or (tuple(fact.subject for fact in facts) if len(facts) == len(values) else ())
+
+        return replace(
+            self,
+            about=names(self.facts, self.about, subject.facts),
+            about_never=names(self.never, self.about_never, subject.controls.never),
+        )
+
+    def part(self, facts: Container[str], never: Container[str]) -> Scores:
+        """The scores about some subjects, with those about others as their control.
+
+        Args:
+            facts: Subjects that are audited.
+            never: Subjects that are their control: of never-trained facts where there are any, else of audited ones.
+        """
+        values, names = (self.never, self.about_never) if self.never else (self.facts, self.about)
+        mine = [place for place, name in enumerate(self.about) if name in facts]
+        theirs = [place for place, name in enumerate(names) if name in never]
+        return Scores(
+            tuple(self.facts[place] for place in mine),
+            tuple(self.oracle[place] for place in mine) if self.oracle else (),
+            tuple(values[place] for place in theirs),
+            tuple(self.about[place] for place in mine),
+            tuple(names[place] for place in theirs),
+        )
 
 
-ScoreFacts = Callable[["ModelHandle", Sequence[Fact]], Sequence[float]]
+ScoreFacts = Callable[["ModelHandle", Sequence[Fact]], Sequence[float | None]]
 
 
 def measured(subject: AuditSubject, attack: ScoreFacts) -> Scores:
@@ -274,75 +294,20 @@ def measured(subject: AuditSubject, attack: ScoreFacts) -> Scores:
 
     Args:
         subject: What is audited.
-        attack: Given a model and facts, a score per fact in order.
+        attack: Given a model and facts, a score per fact in order; ``None`` for a fact that the rule does not fit, whatever the
+            model.
     """
     controls = subject.controls
+    mine = list(attack(subject.handle, subject.facts))
+    others = list(attack(controls.oracle, subject.facts)) if controls.oracle is not None else []
+    strangers = list(attack(subject.handle, controls.never)) if controls.never else []
     return Scores(
-        tuple(attack(subject.handle, subject.facts)),
-        tuple(attack(controls.oracle, subject.facts)) if controls.oracle is not None else (),
-        tuple(attack(subject.handle, controls.never)) if controls.never else (),
+        tuple(score for score in mine if score is not None),
+        tuple(score for score in others if score is not None),
+        tuple(score for score in strangers if score is not None),
+        tuple(fact.subject for fact, score in zip(subject.facts, mine, strict=True) if score is not None),
+        tuple(f.subject for f, score in zip(controls.never, strangers, strict=False) if score is not None),
     )
-
-
-def lift_over_controls(
-    per_fact: Sequence[float],
-    oracle_per_fact: Sequence[float] = (),
-    never_per_fact: Sequence[float] = (),
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    comparisons: int = 1,
-) -> Interval:
-    """Mean score minus the larger of the controls' means, with a 95 % bootstrap interval.
-
-    Facts are drawn with replacement; the oracle's scores are drawn with the facts they belong to, never-trained facts apart, and
-    the larger control is chosen anew in every draw. Without any control the scores themselves are the lift. Where nothing
-    varies, the interval is Newcombe's (Wilson's of each side), for a sample without spread does not prove that there is none.
-
-    Args:
-        per_fact: Scores in [0, 1].
-        oracle_per_fact: Of the oracle on the same facts, in the same order; or empty.
-        never_per_fact: Of facts that were never trained; or empty.
-        seed: Seeds the draws.
-        resamples: Number of draws.
-        comparisons: Among how many such lifts the worst is looked for; all their intervals hold together with 95 %
-            (Bonferroni), so that trying many things does not make a clean model look guilty.
-
-    Raises:
-        ConfigError: There are no scores, the oracle's are not as many, or one is outside [0, 1].
-    """
-    if not per_fact:
-        raise ConfigError("a lift over nothing: the attack scored no fact")
-    if oracle_per_fact and len(oracle_per_fact) != len(per_fact):
-        raise ConfigError(
-            f"{len(per_fact)} facts, but {len(oracle_per_fact)} scores of the oracle: it is asked for the same facts"
-        )
-    arms = [np.asarray(values, dtype=float) for values in (per_fact, oracle_per_fact, never_per_fact)]
-    for name, arm in zip(("facts", "oracle", "never"), arms, strict=True):
-        if arm.size and not bool(((arm >= 0) & (arm <= 1)).all()):
-            raise ConfigError(
-                f"scores of {name!r} must lie in [0, 1]; they go from {arm.min()} to {arm.max()}"
-            )
-    facts, oracle, never = arms
-    controls = [arm for arm in (oracle, never) if arm.size]
-    mean = float(facts.mean() - max((float(arm.mean()) for arm in controls), default=0.0))
-    if all(float(np.ptp(arm)) == 0.0 for arm in (facts, *controls)):
-        top = max(controls, key=lambda arm: float(arm.mean()), default=None)
-        side = Interval.of(facts.tolist())
-        other = Interval(0.0, 0.0, 0.0) if top is None else Interval.of(top.tolist())
-        below = math.hypot(side.mean - side.low, other.high - other.mean)
-        above = math.hypot(side.high - side.mean, other.mean - other.low)
-        return Interval(mean, max(-1.0, mean - below), min(1.0, mean + above))
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, facts.size, size=(resamples, facts.size))
-    control = np.full(resamples, -np.inf) if controls else np.zeros(resamples)
-    if oracle.size:
-        control = np.maximum(control, oracle[draws].mean(axis=1))
-    if never.size:
-        others = rng.integers(0, never.size, size=(resamples, never.size))
-        control = np.maximum(control, never[others].mean(axis=1))
-    tail = 2.5 / comparisons
-    low, high = np.percentile(facts[draws].mean(axis=1) - control, [tail, 100 - tail])
-    return Interval(mean, min(mean, float(low)), max(mean, float(high)))
 
 
 def result_of(
@@ -357,6 +322,7 @@ def result_of(
     comparisons: int = 1,
 ) -> AttackResult:
     """The result of an attack from its scores; ``comparisons`` as in ``lift_over_controls``."""
+    scores = scores.named(subject)
     controls = {
         name: Interval.of(values)
         for name, values in (
@@ -371,7 +337,13 @@ def result_of(
         leak=math.fsum(scores.facts) / len(scores.facts),
         per_fact=scores.facts,
         lift=lift_over_controls(
-            scores.facts, scores.oracle, scores.never, subject.seed, comparisons=comparisons
+            scores.facts,
+            scores.oracle,
+            scores.never,
+            subject.seed,
+            comparisons=comparisons,
+            about=scores.about,
+            about_never=scores.about_never,
         ),
         controls=controls,
         tried=tried,
@@ -381,6 +353,7 @@ def result_of(
         paper=attack.paper,
         details=dict(details or {}),
         curves={name: tuple(line) for name, line in (curves or {}).items()},
+        variants={"": scores},
     )
 
 

@@ -47,6 +47,7 @@ class InContext:
     paper = "arXiv 2407.00106"
     cost = "a forward pass over a longer prompt per fact and depth"
     needs: tuple[str, ...] = ()
+    alone = True
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""
@@ -116,6 +117,7 @@ class StepByStep:
     paper = "arXiv 2506.17279"
     cost = "a short text per fact and step"
     needs: tuple[str, ...] = ()
+    alone = True
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""
@@ -152,10 +154,7 @@ class StepByStep:
                     ]
                     arms[f"{kind}_{depth}"][side] = score_facts(handle, final, facts)
         report_progress(self.name, len(sides), len(sides))
-        found = {
-            name: Scores(*(tuple(arm.get(side, ())) for side in ("facts", "oracle", "never")))
-            for name, arm in arms.items()
-        }
+        found = {name: Scores.of(arm) for name, arm in arms.items()}
         curve = [
             (float(depth), sum(found[f"notes_{depth}"].facts) / len(subject.facts))
             for depth in range(1, deepest + 1)
@@ -180,19 +179,20 @@ def _step(subject: AuditSubject, fact: Fact, prompts: dict[str, str], depth: int
     return subject.prompt(replace(fact, prompt=prompts[others[depth - 1]]))
 
 
-class Indirect:
+class TwoHop:
     """Asks around the fact: for what follows from its object, without ever asking for the object.
 
     The second hop is a fact that should still be known (``retained``) about the object. ``named_later`` walks both hops in plain
     text; ``nested`` and ``stated`` use the built-in world's own forms of chains.
     """
 
-    name = "indirect"
+    name = "two_hop"
     family: Family = "context"
     access: Access = "black-box"
     paper = "two-hop probes after arXiv 2305.14795 and arXiv 2506.17279"
     cost = "a forward pass per fact and route"
     needs: tuple[str, ...] = ("retained",)
+    alone = True
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""
@@ -217,14 +217,17 @@ class Indirect:
         for done, route in enumerate(routes):
             report_progress(self.name, done, len(routes))
 
-            def score(handle: ModelHandle, facts: Sequence[Fact], route: str = route) -> list[float]:
+            def score(handle: ModelHandle, facts: Sequence[Fact], route: str = route) -> list[float | None]:
                 asked = [
-                    (_route(subject, fact, hop, route), fact if route == "stated" else hop)
+                    ("", fact)
+                    if hop is None
+                    else (_route(subject, fact, hop, route), fact if route == "stated" else hop)
                     for fact in facts
-                    if (hop := second(fact)) is not None
+                    for hop in (second(fact),)
                 ]
                 usable = [(prompt, target) for prompt, target in asked if prompt]
-                return score_facts(handle, [prompt for prompt, _ in usable], [target for _, target in usable])
+                found = iter(score_facts(handle, *zip(*usable, strict=True)) if usable else ())
+                return [next(found) if prompt else None for prompt, _ in asked]
 
             scores = measured(subject, score)
             if scores.facts:

@@ -20,15 +20,18 @@ from lab.errors import ConfigError, MissingDependencyError, PatchError
 from lab.eval.stats import Estimate, summarise
 from lab.patch import Dense, Provenance, WeightPatch, library_versions
 from lab.scoring import log_probs
+from lab.tokens import encode_ids
 from lab.trace import Site, trace
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
 
-View = Literal["logits", "activations"]
-# Versions of a prompt differ far less than prompts do, so the directions that part them are small ones: hardly any penalty.
-_FREEDOM = 1e4
-VIEWS: tuple[View, ...] = ("logits", "activations")
+View = Literal["logits", "activations", "means", "text"]
+# As shares of the features' mean variance. Versions of a prompt differ far less than prompts do, so what parts them are directions
+# of small variance: with many prompts hardly any ridge, with few prompts more of it.
+RIDGES = (100.0, 1.0, 1e-2, 1e-4)
+VIEWS: tuple[View, ...] = ("logits", "activations", "means")
+_REPLY_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -54,39 +57,64 @@ class Detection:
 
 @torch.no_grad()
 def features(
-    handle: ModelHandle, prompts: Sequence[str], view: View, *, layer: int | None = None, batch_size: int = 32
-) -> Tensor:
-    """What a classifier sees of each prompt: the next-token log-probabilities, or the hidden states' mean.
+    handle: ModelHandle,
+    prompts: Sequence[str],
+    views: Sequence[View] = VIEWS,
+    *,
+    layer: int | None = None,
+    batch_size: int = 32,
+) -> dict[View, Tensor]:
+    """What classifiers see of each prompt, all of it from one pass over the prompts.
 
     Args:
         handle: The model, with whatever is applied to it.
         prompts: Texts.
-        view: ``"logits"``: log-probabilities behind the last token; ``"activations"``: output of a block, mean over tokens.
-        layer: Block of ``"activations"``; the last without it.
+        views: ``"logits"``: log-probabilities behind the last token; ``"activations"``: what the blocks put out at the last
+            token, one after the other; ``"means"``: the same on average over tokens; ``"text"``: how often each token stands in
+            a short greedy reply.
+        layer: The one block of ``"activations"`` and ``"means"``; all of them without it.
         batch_size: Rows per forward pass.
 
     Returns:
-        ``[prompt, feature]``, fp32 on the CPU.
+        View to ``[prompt, feature]``, fp32 on the CPU.
     """
-    parts = []
-    site = Site(Role.BLOCK, handle.n_layers - 1 if layer is None else layer)
-    for start in range(0, len(prompts), batch_size):
+    parts: dict[View, list[Tensor]] = {view: [] for view in views}
+    if "text" in parts:
+        parts["text"].append(_reply_counts(handle, prompts))
+    sites = [Site(Role.BLOCK, each) for each in (range(handle.n_layers) if layer is None else (layer,))]
+    for start in range(0, len(prompts) if set(views) - {"text"} else 0, batch_size):
         batch = handle.encode(handle.rewrite(prompts[start : start + batch_size]))
-        if view == "logits":
-            rows = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
-            parts.append(log_probs(handle.logits(batch)[rows, batch.last]).float().cpu())
-            continue
-        with trace(handle, [site], stop=site) as recording:
-            recording.run(batch)
-            mask = batch.attention_mask[..., None].to(recording[site].dtype)
-            parts.append(((recording[site] * mask).sum(1) / mask.sum(1)).float().cpu())
-    return torch.cat(parts)
+        rows = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
+        with trace(handle, sites, stop=None if "logits" in parts else sites[-1]) as recording:
+            logits = recording.run(batch)
+            states = [recording[site] for site in sites]
+        if "logits" in parts:
+            assert logits is not None  # the pass was not cut
+            parts["logits"].append(log_probs(logits[rows, batch.last]).float().cpu())
+        if "activations" in parts:
+            parts["activations"].append(
+                torch.cat([each[rows, batch.last] for each in states], -1).float().cpu()
+            )
+        if "means" in parts:
+            mask = batch.attention_mask[..., None].to(states[0].dtype)
+            means = [(each * mask).sum(1) / mask.sum(1) for each in states]
+            parts["means"].append(torch.cat(means, -1).float().cpu())
+    return {view: torch.cat(each) for view, each in parts.items()}
+
+
+def _reply_counts(handle: ModelHandle, prompts: Sequence[str]) -> Tensor:
+    table = torch.zeros(len(prompts), len(handle.tokenizer))
+    for row, reply in enumerate(handle.generate(list(prompts), max_new_tokens=_REPLY_TOKENS)):
+        for token in encode_ids(handle.tokenizer, reply, special=False):
+            table[row, token] += 1
+    return table
 
 
 def detect(before: Tensor, after: Tensor, *, folds: int = 5, seed: int = 0) -> Detection:
-    """Logistic regression between paired features, cross-validated over prompts.
+    """A linear discriminant between paired features, cross-validated over prompts.
 
-    Both versions of a prompt lie in the same fold, so nothing about a prompt helps to recognise its other version.
+    Both versions of a prompt lie in the same fold, so nothing about a prompt helps to recognise its other version. The ridge is
+    chosen within each fold's training prompts.
 
     Args:
         before: ``[prompt, feature]`` of one model.
@@ -96,7 +124,6 @@ def detect(before: Tensor, after: Tensor, *, folds: int = 5, seed: int = 0) -> D
 
     Raises:
         ConfigError: The features do not pair up, or there are fewer prompts than folds.
-        MissingDependencyError: scikit-learn is not installed.
     """
     count = before.shape[0]
     if before.shape != after.shape or before.dim() != 2:
@@ -106,18 +133,66 @@ def detect(before: Tensor, after: Tensor, *, folds: int = 5, seed: int = 0) -> D
             f"{folds} folds need at least as many prompts and at least 2 folds; there are {count} prompts"
         )
     order = np.random.default_rng(seed).permutation(count)
-    both = np.concatenate([before.double().numpy(), after.double().numpy()])
+    first, second = before.double().numpy(), after.double().numpy()
     label = np.repeat([0, 1], count)
     scores = np.zeros(2 * count)
     for fold in range(folds):
-        held = np.isin(np.tile(np.arange(count), 2), order[fold::folds])
-        scores[held] = linear_scores(both[~held], label[~held], both[held], freedom=_FREEDOM)
+        held = np.isin(np.arange(count), order[fold::folds])
+        ridge = best_ridge(first[~held], second[~held])
+        asked = np.concatenate([first[held], second[held]])
+        scores[np.tile(held, 2)] = discriminant(first[~held], second[~held], asked, ridge=ridge)
     # A tie decides for neither: half a right answer.
     right = np.where(scores == 0, 0.5, (scores > 0) == (label == 1)).astype(float)
     verdicts = tuple(float(pair) for pair in (right[:count] + right[count:]) / 2)
     return Detection(
         summarise(verdicts), ranking(scores[count:], scores[:count]), separation(before, after), verdicts
     )
+
+
+def best_ridge(first: np.ndarray, second: np.ndarray) -> float:
+    """The ridge that tells most of the second half of the prompts right after training on the first; the largest of equals."""
+    half = len(first) // 2
+    asked = np.concatenate([first[half:], second[half:]])
+    label = np.repeat([-1.0, 1.0], len(first) - half)
+    right = [
+        float((np.sign(discriminant(first[:half], second[:half], asked, ridge=ridge)) == label).mean())
+        for ridge in RIDGES
+    ]
+    return RIDGES[int(np.argmax(right))]
+
+
+def discriminant(
+    first: np.ndarray, second: np.ndarray, asked: np.ndarray, *, ridge: float = 1.0
+) -> np.ndarray:
+    """Fisher's linear discriminant with a ridge: scores of rows, above 0 where they are more like ``second``, 0 for neither.
+
+    The axis is ``(S + r I)^-1 (m2 - m1)`` with ``S`` the covariance within the two groups and ``r`` the ridge times its mean
+    variance (Friedman 1989). With fewer rows than features it is solved in the rows' space, to the same result.
+
+    Args:
+        first, second: ``[row, feature]`` of the two groups.
+        asked: ``[other row, feature]``.
+        ridge: See above.
+
+    Returns:
+        ``[other row]``.
+    """
+    means = first.mean(0), second.mean(0)
+    within = np.concatenate([first - means[0], second - means[1]])
+    rows, size = within.shape
+    gap = means[1] - means[0]
+    strength = ridge * float(np.square(within).sum()) / rows / size
+    if not strength or not gap.any():
+        axis = gap
+    elif rows < size:
+        inner = within @ within.T
+        inner[np.diag_indices(rows)] += rows * strength
+        axis = (gap - within.T @ np.linalg.solve(inner, within @ gap)) / strength
+    else:
+        outer = within.T @ within / rows
+        outer[np.diag_indices(size)] += strength
+        axis = np.linalg.solve(outer, gap)
+    return asked @ axis - (means[0] + means[1]) @ axis / 2
 
 
 def linear_scores(
@@ -188,7 +263,7 @@ def detect_patch(
     layer: int | None = None,
     folds: int = 5,
     seed: int = 0,
-) -> dict[str, Detection]:
+) -> dict[View, Detection]:
     """Tells a model from itself under a patch, on each view.
 
     Args:
@@ -200,9 +275,9 @@ def detect_patch(
         folds, seed: As in ``detect``.
     """
     with handle.writing():
-        before = {view: features(handle, prompts, view, layer=layer) for view in views}
+        before = features(handle, prompts, views, layer=layer)
         with patch.applied(handle):
-            after = {view: features(handle, prompts, view, layer=layer) for view in views}
+            after = features(handle, prompts, views, layer=layer)
     return {view: detect(before[view], after[view], folds=folds, seed=seed) for view in views}
 
 
@@ -264,8 +339,8 @@ def finetune_like(
 
 
 def above_control(
-    found: Mapping[str, Detection], controls: Sequence[Mapping[str, Detection]]
-) -> dict[str, float]:
+    found: Mapping[View, Detection], controls: Sequence[Mapping[View, Detection]]
+) -> dict[View, float]:
     """AUC of the change minus the best control's, per view; negative where the control is told more easily."""
     return {
         view: detection.auc - max((control[view].auc for control in controls), default=0.5)

@@ -20,7 +20,15 @@ from lab.audit.base import (
     not_applicable,
     result_of,
 )
-from lab.audit.detection import VIEWS, above_control, detect, features, finetune_like, noise_like
+from lab.audit.detection import (
+    VIEWS,
+    View,
+    above_control,
+    detect,
+    features,
+    finetune_like,
+    noise_like,
+)
 from lab.audit.originals import Original, change_of, original_of
 from lab.audit.spectra import Directions, decompose, match_keys, outlier_layers, subject_keys, written_tokens
 from lab.patch import LowRank
@@ -64,6 +72,7 @@ class Spectral:
             tuple(score(subject.handle, subject.facts)),
             tuple(score(oracle, subject.facts)) if oracle is not None else (),
             tuple(score(subject.handle, others)) if others else (),
+            about_never=tuple(fact.subject for fact in others),
         )
         for layer, (weight, parts) in found.items():
             raised, lowered = written_tokens(subject.handle, parts.left[:, 0])
@@ -127,7 +136,7 @@ class Spectral:
 
 
 class Trace:
-    """Tells the changed model from the original by its logits and activations, with benign changes of equal norm beside it.
+    """Tells the changed model from the original by its logits, activations and (``full``) replies, benign changes beside it.
 
     Any change can be told from activations; the lift is over the benign change that is told most easily. A fact's score is the
     share of right verdicts on its prompt, so that 0.5 is chance.
@@ -137,7 +146,7 @@ class Trace:
     family: Family = "statistics"
     access: Access = "grey-box"
     paper = "arXiv 2506.14003 (unlearning traces)"
-    cost = "four forward passes per prompt, a short fine-tune, eight logistic regressions with 5-fold cross-validation"
+    cost = "four forward passes per prompt and view, a short fine-tune, linear discriminants with 5-fold cross-validation"
     needs: tuple[str, ...] = ("base",)
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
@@ -150,15 +159,17 @@ class Trace:
             return not_applicable(
                 self, "no weight differs from the original: there is no trace in the weights to find"
             )
-        asked = [*subject.facts, *subject.retained[: subject.pick(64, 512)]]
+        views: tuple[View, ...] = subject.pick(VIEWS, (*VIEWS, "text"))
+        # Classifiers need many prompts; relevant ones and others, as in the paper.
+        asked = [*subject.facts, *subject.controls.never, *subject.retained][: subject.pick(600, 6000)]
         if len(asked) < 10:
             return not_applicable(
                 self, f"a classifier needs at least 10 prompts, there are {len(asked)}; give retained facts"
             )
         prompts = [subject.prompt(fact) for fact in asked]
 
-        def look(handle: ModelHandle) -> dict[str, torch.Tensor]:
-            return {view: features(handle, prompts, view) for view in VIEWS}
+        def look(handle: ModelHandle) -> dict[View, torch.Tensor]:
+            return features(handle, prompts, views)
 
         report_progress(self.name, 0, 4)
         after = look(subject.handle)
@@ -177,12 +188,12 @@ class Trace:
                 seen[name] = look(original.handle)
         report_progress(self.name, 3, 4)
 
-        def compare(other: dict[str, torch.Tensor]) -> dict[str, Any]:
-            return {view: detect(before[view], other[view], seed=subject.seed) for view in VIEWS}
+        def compare(other: dict[View, torch.Tensor]) -> dict[View, Any]:
+            return {view: detect(before[view], other[view], seed=subject.seed) for view in views}
 
         found = compare(after)
         benign = {name: compare(other) for name, other in seen.items()}
-        view = max(VIEWS, key=lambda each: found[each].accuracy.mean or 0.0)
+        view = max(views, key=lambda each: found[each].accuracy.mean or 0.0)
         hardest = max(benign, key=lambda name: benign[name][view].accuracy.mean or 0.0)
         size = len(subject.facts)
         scores = Scores(found[view].verdicts[:size], benign[hardest][view].verdicts[:size])
@@ -190,8 +201,10 @@ class Trace:
             self,
             subject,
             scores,
-            tried=f"{len(prompts)} prompts, logits and activations, controls of equal norm: {', '.join(controls)}",
-            note="0.5 is chance; the control is a benign change of equal norm, not the oracle",
+            tried=f"{len(prompts)} prompts, {', '.join(views)}, controls of equal norm: {', '.join(controls)}",
+            note=f"told from the original with an accuracy of {found[view].accuracy.mean or 0:.3f} by {view}; benign: "
+            + ", ".join(f"{name} {parts[view].accuracy.mean or 0:.3f}" for name, parts in benign.items())
+            + "; 0.5 is chance; the control is a benign change of equal norm, not the oracle",
             details={
                 "view": view,
                 "control": hardest,

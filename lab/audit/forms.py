@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lab.audit.base import (
@@ -18,6 +18,7 @@ from lab.audit.base import (
     AuditSubject,
     Family,
     Progress,
+    ScoreFacts,
     Scores,
     measured,
     score_facts,
@@ -31,8 +32,6 @@ from lab.tokens import encode_ids
 if TYPE_CHECKING:
     from lab.atlas.probes import FormProbe, Probes
     from lab.handle import ModelHandle
-
-Score = Callable[["ModelHandle", Sequence[Fact]], list[float]]
 
 WORLD_FORMS = (
     "main_prompt",
@@ -70,6 +69,7 @@ class Forms:
     paper = "arXiv 2406.10890"
     cost = "a forward pass per fact, form and wording"
     needs: tuple[str, ...] = ()
+    alone = True
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""
@@ -85,8 +85,8 @@ class Forms:
         note = "" if subject.paraphrases or subject.format is not None else "no paraphrases were given"
         return worst_variant(self, subject, found, tried=tried, note=note)
 
-    def _scorers(self, subject: AuditSubject) -> dict[str, Score]:
-        scorers: dict[str, Score] = {}
+    def _scorers(self, subject: AuditSubject) -> dict[str, ScoreFacts]:
+        scorers: dict[str, ScoreFacts] = {}
         if subject.format is not None:
             from lab.atlas.probes import Probes
             from lab.atlas.world import load_world
@@ -94,7 +94,7 @@ class Forms:
             probes = Probes(load_world(), subject.format, subject.seed)
             for form in WORLD_FORMS:
                 scorers[form] = lambda handle, facts, form=form: _means(
-                    handle, *_world_pairs(facts, probes, form)
+                    handle, facts, *_world_pairs(facts, probes, form)
                 )
         for frame, text in FRAMES.items():
             scorers[frame] = lambda handle, facts, text=text: score_facts(
@@ -106,7 +106,7 @@ class Forms:
             )
         if subject.paraphrases:
             scorers["paraphrase"] = lambda handle, facts: _means(
-                handle, *_paraphrases(facts, subject.paraphrases)
+                handle, facts, *_paraphrases(facts, subject.paraphrases)
             )
         scorers["subtoken"] = lambda handle, facts: _cut(handle, facts, subject)
         return scorers
@@ -167,14 +167,17 @@ def _wanted(probe: FormProbe, fact: Fact, probes: Probes) -> str:
     return probe.answer
 
 
-def _means(handle: ModelHandle, pairs: Sequence[tuple[str, str]], owners: Sequence[int]) -> list[float]:
-    """Mean probability of the answer over the pairs of each fact that has any, in the order of the facts."""
-    if not pairs:
-        return []
+def _means(
+    handle: ModelHandle, facts: Sequence[Fact], pairs: Sequence[tuple[str, str]], owners: Sequence[int]
+) -> list[float | None]:
+    """Mean probability of the answer over the pairs of each fact, ``None`` for a fact that has none."""
     grouped: dict[int, list[float]] = defaultdict(list)
-    for owner, score in zip(owners, score_targets(handle, pairs), strict=True):
+    for owner, score in zip(owners, score_targets(handle, pairs) if pairs else [], strict=True):
         grouped[owner].append(min(1.0, math.exp(score.sum_logprob)))
-    return [math.fsum(values) / len(values) for values in grouped.values()]
+    return [
+        math.fsum(grouped[place]) / len(grouped[place]) if place in grouped else None
+        for place in range(len(facts))
+    ]
 
 
 def _examples(subject: AuditSubject, fact: Fact) -> str:

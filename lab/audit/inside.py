@@ -49,6 +49,7 @@ class HiddenKnowledgeAttack:
     paper = "arXiv 2503.15299 (Inside-Out)"
     cost = "two forward passes per candidate answer, one logistic regression per layer"
     needs: tuple[str, ...] = ()
+    alone = True
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """See ``Attack``."""
@@ -99,6 +100,7 @@ class ConceptTrace:
     paper = "arXiv 2406.11614 (ConceptVectors)"
     cost = "one product of unembedding and down projection per layer"
     needs: tuple[str, ...] = ("base", "oracle")
+    alone = True
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """See ``Attack``."""
@@ -162,6 +164,7 @@ class PatchingDepth:
     paper = "arXiv 2605.24614 (UDS)"
     cost = "one forward pass per layer and model"
     needs: tuple[str, ...] = ("base",)
+    alone = True
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """See ``Attack``."""

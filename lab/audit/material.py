@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lab.data.unlearning import facts_of
 from lab.errors import DataError
-from lab.records import Fact, read_facts
+from lab.records import Fact
 
 if TYPE_CHECKING:
     from lab.atlas.forms import Format
@@ -42,8 +43,9 @@ def gather(facts: str, retained: str | None = None, *, limit: int | None = None,
     """Reads facts and makes their controls.
 
     Args:
-        facts: ``atlas:<split>`` (``atlas:people05``), or a facts file.
-        retained: A facts file; for a split of the built-in world, without it, the rest of the world.
+        facts: ``atlas:<split>`` (``atlas:people05``), a facts file, or questions and answers of an unlearning benchmark (TOFU,
+            RWKU, the texts to complete of ConceptVectors).
+        retained: Such a file; for a split of the built-in world, without it, the rest of the world.
         limit: Facts to audit at most, drawn by the seed.
         seed: Draws facts and controls.
 
@@ -52,7 +54,7 @@ def gather(facts: str, retained: str | None = None, *, limit: int | None = None,
         DataError: A file cannot be read, or a fact has no prompt.
     """
     chooser = random.Random(f"audit:{seed}:material")
-    kept = tuple(read_facts(retained)) if retained is not None else ()
+    kept = facts_of(retained) if retained is not None else ()
     if facts.startswith(WORLD):
         from lab.atlas.forms import load_format
         from lab.atlas.world import load_world
@@ -71,7 +73,7 @@ def gather(facts: str, retained: str | None = None, *, limit: int | None = None,
             load_format(),
             "people of the world that no text mentions",
         )
-    rows = read_facts(facts)
+    rows = facts_of(facts)
     for number, fact in enumerate(rows, start=1):
         if not fact.prompt:
             raise DataError(f"fact {number} ({fact.subject!r}) has no prompt to ask with", facts)
@@ -80,6 +82,20 @@ def gather(facts: str, retained: str | None = None, *, limit: int | None = None,
     return Material(
         wanted, others, _nearest(kept, wanted, chooser), None, "the same subjects with exchanged objects"
     )
+
+
+def strangers_of_the_world(seed: int = 0) -> Material:
+    """The built-in world's never-trained facts as the ones to audit, without any control beside them.
+
+    Args:
+        seed: Draws the facts that the model does know.
+    """
+    from lab.atlas.forms import load_format
+    from lab.atlas.world import load_world
+
+    world = load_world()
+    kept = _nearest(world.facts, world.untrained, random.Random(f"audit:{seed}:material"))
+    return Material(world.untrained, (), kept, load_format(), "the other half of them")
 
 
 def permuted(facts: Sequence[Fact], chooser: random.Random) -> tuple[Fact, ...]:

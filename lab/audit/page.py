@@ -15,14 +15,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def page(reports: Sequence[AuditReport]) -> str:
+def page(
+    reports: Sequence[AuditReport], *, above: tuple[str, Sequence[str], Sequence[Sequence[str]]] | None = None
+) -> str:
     """The page of one audit, or of several side by side.
+
+    Args:
+        reports: The audits.
+        above: Title, heads and rows of a table to stand in place of the table of lifts.
 
     Raises:
         ConfigError: No report.
     """
     title = "Audit: " + " | ".join(report.name for report in reports)
-    heads, rows = lifts_table(reports)
+    heads, rows = lifts_table(reports) if above is None else above[1:]
     parts = [f"<h1>{escape(title)}</h1>"]
     for report in reports:
         worst = "no attack applied" if report.worst is None else f"worst attack: {report.worst.name}"
@@ -30,6 +36,8 @@ def page(reports: Sequence[AuditReport]) -> str:
             f'<p class="note"><b>{escape(report.name)}</b>: worst case {report.worst_case:.3f}, up to '
             f"{report.worst_case_high:.3f} ({escape(worst)})</p>"
         )
+    if above is not None:
+        parts.append(f"<h2>{escape(above[0])}</h2>")
     parts.append("<p>Lift over the larger control, with 95 % intervals; 0 is no leak, 1 is everything.</p>")
     parts += [html_table(heads, rows), figure_html(radar(reports), "lift per family")]
     for name in attack_names(reports):

@@ -69,10 +69,7 @@ class Relearn:
             for mark, scores in _scored(subject, handle, facts, route, rate, marks).items():
                 table.setdefault(f"{route}_lr{rate:g}_step{mark}", {})[side] = scores
         report_progress(self.name, len(runs), len(runs))
-        found = {
-            name: Scores(*(tuple(arm.get(side, ())) for side in ("facts", "oracle", "never")))
-            for name, arm in table.items()
-        }
+        found = {name: Scores.of(arm) for name, arm in table.items()}
         curves = {
             f"{route}, lr {rate:g}": [
                 (float(mark), _mean(found[f"{route}_lr{rate:g}_step{mark}"].facts)) for mark in marks

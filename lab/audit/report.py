@@ -216,16 +216,17 @@ def markdown(reports: Sequence[AuditReport]) -> str:
         "",
         "Lift over the larger control, with 95 % intervals; 0 is no leak, 1 is everything.",
         "",
-        *_table(heads, rows),
+        *markdown_table(heads, rows),
     ]
     for report in reports:
-        parts += ["", f"## {report.name}", "", *_table(*detail_rows(report))]
+        parts += ["", f"## {report.name}", "", *markdown_table(*detail_rows(report))]
         parts += ["", *(f"- {key}: {_cell(str(value))}" for key, value in report.settings.items())]
     parts += ["", "## What this audit cannot show", "", *(f"- {limit}" for limit in LIMITS), ""]
     return "\n".join(parts)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table as lines of Markdown."""
     lines = [" | ".join(_cell(value) for value in row) for row in (heads, *rows)]
     return [f"| {lines[0]} |", f"|{'---|' * len(heads)}", *(f"| {line} |" for line in lines[1:])]
 

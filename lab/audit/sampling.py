@@ -40,6 +40,7 @@ class Sampling:
     paper = "leak@k: OptimAI-Lab/Leak-k"
     cost = "k short texts per fact"
     needs: tuple[str, ...] = ()
+    alone = True
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""

@@ -81,10 +81,7 @@ class Suffix:
                     scores[index] = value
             table.setdefault(source, {})[side] = scores
         report_progress(self.name, len(runs), len(runs))
-        found_scores = {
-            source: Scores(*(tuple(arm.get(side, ())) for side in ("facts", "oracle", "never")))
-            for source, arm in table.items()
-        }
+        found_scores = {source: Scores.of(arm) for source, arm in table.items()}
         return worst_variant(
             self,
             subject,

@@ -24,7 +24,8 @@ def worst_variant(
     """The result of the worst variant; the others stand in ``details``.
 
     The worst is the one whose lift is surest (highest lower end) where any lift is surely above zero, else the one with the
-    largest lift. The intervals hold for all variants together.
+    largest lift. The intervals hold for all variants together. A variant that suits no control is never the worst where others
+    have controls: its score is no lift.
 
     Raises:
         ConfigError: There is no variant.
@@ -37,8 +38,9 @@ def worst_variant(
         )
         for name, scores in variants.items()
     }
-    sure = [name for name in found if found[name].lift.low > 0]
-    worst = max(sure or found, key=lambda name: found[name].lift.low if sure else found[name].lift.mean)
+    compared = [name for name, scores in variants.items() if scores.oracle or scores.never] or list(found)
+    sure = [name for name in compared if found[name].lift.low > 0]
+    worst = max(sure or compared, key=lambda name: found[name].lift.low if sure else found[name].lift.mean)
     table = {
         name: {
             "leak": result.leak,
@@ -48,7 +50,11 @@ def worst_variant(
         }
         for name, result in found.items()
     }
-    return replace(found[worst], details={"worst": worst, "variants": table, **(details or {})})
+    return replace(
+        found[worst],
+        details={"worst": worst, "variants": table, **(details or {})},
+        variants={name: result.variants[""] for name, result in found.items()},
+    )
 
 
 def halves(count: int, seed: int) -> tuple[tuple[list[int], list[int]], ...]:

@@ -155,6 +155,7 @@ class Quantize:
     paper = "arXiv 2410.16454"
     cost = "a forward pass per fact and grid"
     needs: tuple[str, ...] = ()
+    alone = True
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""
@@ -187,6 +188,7 @@ class Prune:
     paper = "arXiv 2410.16454 (rounding); magnitude pruning after arXiv 1506.02626"
     cost = "a forward pass per fact and share"
     needs: tuple[str, ...] = ()
+    alone = True
 
     def run(self, subject: AuditSubject, report_progress: Progress) -> AttackResult:
         """Runs the attack."""

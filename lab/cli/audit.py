@@ -38,7 +38,8 @@ def audit(
         str,
         typer.Option(
             "--facts",
-            help="Facts (JSONL) that should be gone, or atlas:SPLIT (people, relation, concept with 01, 05, 10).",
+            help="Facts (JSONL) or questions and answers (TOFU, RWKU, ConceptVectors) that should be gone, or atlas:SPLIT "
+            "(people, relation, concept with 01, 05, 10).",
             rich_help_panel=AUDIT_PANEL,
             show_default=False,
         ),

@@ -38,10 +38,30 @@ def build_app() -> typer.Typer:
     ) -> None:
         pass
 
-    from lab.cli import ask, atlas, audit, audit_side_effects, listing, patches, tracing
+    from lab.cli import (
+        ask,
+        atlas,
+        audit,
+        audit_calibration,
+        audit_effects,
+        audit_side_effects,
+        listing,
+        patches,
+        tracing,
+    )
 
     groups: dict[str, typer.Typer] = {}
-    for part in (ask, patches, tracing, audit, audit_side_effects, listing, atlas):
+    for part in (
+        ask,
+        patches,
+        tracing,
+        audit,
+        audit_calibration,
+        audit_effects,
+        audit_side_effects,
+        listing,
+        atlas,
+    ):
         app.add_typer(_joining(part.app, groups))
     for point in sorted(entry_points(group=COMMAND_GROUP), key=lambda point: point.name):
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,3 +241,25 @@ def save_reports(reports: Sequence[Report], path: str | Path, command: str = "ev
         )
     write_text_atomically(target, text)
     return target
+
+
+def save_comparison(
+    folder: str | Path, stem: str, content: Mapping[str, Any], forms: Mapping[str, Callable[[], str]]
+) -> list[Path]:
+    """Writes a comparison in every form in which it is read, one file each.
+
+    Args:
+        folder: Where to.
+        stem: Name of the files before their ending.
+        content: The JSON document, which is written as ``STEM.json``.
+        forms: Ending to what makes that form's text.
+
+    Returns:
+        The files, JSON first.
+    """
+    written = json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    texts = {"json": lambda: written, **forms}
+    paths = [Path(folder) / f"{stem}.{form}" for form in texts]
+    for path, make in zip(paths, texts.values(), strict=True):
+        write_text_atomically(path, make())
+    return paths

@@ -70,6 +70,16 @@ class TwoStreams:
         mask = torch.cat([batch.attention_mask, torch.ones_like(batch.attention_mask[:, :1])], dim=1)
         self._batch = Batch(fed[:, None], mask, (batch.position_ids[:, -1:] + 1).clamp_max(self._last_place))
 
+    def keep(self, questions: Sequence[int]) -> None:
+        """Goes on with these questions alone, by their places now; called between ``scores`` and ``extend``."""
+        streams = 2 if self.rule.uses_memory else 1
+        rows = [stream * self._count + place for stream in range(streams) for place in questions]
+        chosen = torch.tensor(rows, device=self._batch.input_ids.device)
+        self._cache.batch_select_indices(chosen)
+        batch = self._batch
+        self._batch = Batch(batch.input_ids[chosen], batch.attention_mask[chosen], batch.position_ids[chosen])
+        self._count = len(questions)
+
 
 @torch.no_grad()
 def contrast_generate(
@@ -157,9 +167,10 @@ def _decode(streams: TwoStreams, longest: Sequence[int], stop: Sequence[str]) ->
     ends = set(end_tokens(handle))
     said: list[list[int]] = [[] for _ in longest]
     running = set(range(len(longest)))
+    fed = list(range(len(longest)))
     while True:
         tokens = greedy_tokens(streams.scores())
-        for row, token in enumerate(tokens.tolist()):
+        for row, token in zip(fed, tokens.tolist(), strict=True):
             if row not in running:
                 continue
             if token in ends:
@@ -171,4 +182,9 @@ def _decode(streams: TwoStreams, longest: Sequence[int], stop: Sequence[str]) ->
                 running.discard(row)
         if not running:
             return [cut_at_stop(handle.decode(row), stop) for row in said]
+        if len(running) <= len(fed) // 2:
+            # One long answer does not make all others be computed on.
+            places = [place for place, row in enumerate(fed) if row in running]
+            streams.keep(places)
+            fed, tokens = [fed[place] for place in places], tokens[places]
         streams.extend(tokens)

@@ -8,7 +8,7 @@ process dies is in both; the second one counts then.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -190,15 +190,18 @@ class Index:
         if not wanted:
             return
         with self._writers:
-            vectors = self._vectors(wanted)
+            ids = [chunk.id for chunk in wanted]
+            # Asked once: nobody else writes until this is done.
+            known = {shelf: shelf.get(ids) for shelf in (self._live, self._aside)}
+            vectors = self._vectors(wanted, {**known[self._live], **known[self._aside]})
             with self._lock.writing():
                 # Aside first: a chunk that stops being live is never lost and soon not found.
                 for own, other, live in ((self._aside, self._live, False), (self._live, self._aside, True)):
                     rows = [i for i, chunk in enumerate(wanted) if (chunk.status == "live") == live]
                     if not rows:
                         continue
-                    own.write([wanted[i] for i in rows], vectors[rows])
-                    if moved := other.has([wanted[i].id for i in rows]):
+                    own.write([wanted[i] for i in rows], vectors[rows], known[own])
+                    if moved := [ids[i] for i in rows if ids[i] in known[other]]:
                         other.delete(sorted(moved))
             self._bump()
 
@@ -294,14 +297,15 @@ class Index:
             return rankings[0]
         return fuse([[id for id, _ in ranking] for ranking in rankings])[:fetch]
 
-    def _vectors(self, chunks: Sequence[Chunk]) -> np.ndarray:
-        ids = [chunk.id for chunk in chunks]
-        held = {**self._live.get(ids), **self._aside.get(ids)}
+    def _vectors(self, chunks: Sequence[Chunk], held: Mapping[str, tuple[Chunk, np.ndarray]]) -> np.ndarray:
+        """Vectors of chunks, taken from those held where the text is the same."""
         found: list[np.ndarray | None] = [
             held[chunk.id][1] if chunk.id in held and held[chunk.id][0].text == chunk.text else None
             for chunk in chunks
         ]
         missing = [index for index, vector in enumerate(found) if vector is None]
+        if len(missing) == len(chunks):
+            return self._embeddings.documents([chunk.text for chunk in chunks])
         if missing:
             made = self._embeddings.documents([chunks[index].text for index in missing])
             for index, vector in zip(missing, made, strict=True):

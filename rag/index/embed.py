@@ -19,13 +19,13 @@ _PROBE = "Marie Curie was born in Warsaw in 1867; the capital of France is Paris
 
 
 class TextEmbeddings(Protocol):
-    """Texts to vectors, with the methods of LangChain's ``Embeddings``, any of which fits."""
+    """Texts to vectors, with the methods of LangChain's ``Embeddings``, any of which fits; arrays are taken as they are."""
 
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+    def embed_documents(self, texts: list[str]) -> Sequence[Sequence[float]] | np.ndarray:
         """A vector per text."""
         ...
 
-    def embed_query(self, text: str) -> list[float]:
+    def embed_query(self, text: str) -> Sequence[float]:
         """The vector of a query."""
         ...
 
@@ -116,7 +116,9 @@ class CheckedEmbeddings:
             )
         self._checked = True
 
-    def _vectors(self, rows: Sequence[Sequence[float]], count: int, width: int | None = -1) -> np.ndarray:
+    def _vectors(
+        self, rows: Sequence[Sequence[float]] | np.ndarray, count: int, width: int | None = -1
+    ) -> np.ndarray:
         found = np.asarray(rows, dtype=np.float32)
         expected = len(self._probe) if width == -1 and self._probe is not None else None
         good = found.ndim == 2 and len(found) == count and found.shape[1] > 0

@@ -16,8 +16,9 @@ from rag.store import CONTAINS, FIELDS, Chunk, Where, choices, fits
 
 # Below Chroma's limit (5,461), and below what a query's list of ids may hold.
 BATCH = 1000
-_NAMED = ("source", "position", "trust", "status", "note")
-_MAYBE_EMPTY = ("trust", "note")
+# A key of a record costs as much as a document does, so what is as usual is not stored.
+_USUAL: Mapping[str, str] = {"trust": "", "status": "live", "note": ""}
+_NAMED = ("source", "position", *_USUAL)
 
 
 def batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -66,9 +67,16 @@ class Shelf:
         )
         return [chunk for chunk in _chunks(rows) if fits(chunk, where)]
 
-    def write(self, chunks: Sequence[Chunk], vectors: np.ndarray) -> None:
-        """Stores chunks with their vectors ``[chunk, width]``; known ids are replaced with all their fields."""
-        known = self.get([chunk.id for chunk in chunks])
+    def write(
+        self, chunks: Sequence[Chunk], vectors: np.ndarray, known: Mapping[str, tuple[Chunk, np.ndarray]]
+    ) -> None:
+        """Stores chunks with their vectors ``[chunk, width]``; known ids are replaced with all their fields.
+
+        Args:
+            chunks: What is stored.
+            vectors: A row per chunk.
+            known: What ``get`` returned for the ids of these chunks; nobody has written since.
+        """
         rows = [index for index, chunk in enumerate(chunks) if chunk.id not in known]
         for part in batches(rows):
             self.collection.add(**_records([chunks[i] for i in part], vectors[list(part)]))
@@ -76,8 +84,8 @@ class Shelf:
         for part in batches(rows):
             records = _records([chunks[i] for i in part], vectors[list(part)])
             for metadata, i in zip(records["metadatas"], part, strict=True):
-                old, new = known[chunks[i].id][0].extra, metadata
-                new |= {key: None for key in old if key not in new}
+                old = (*known[chunks[i].id][0].extra, *_USUAL)
+                metadata |= {key: None for key in old if key not in metadata}
             self.collection.update(**records)
         if any(chunk.id not in known or known[chunk.id][0].text != chunk.text for chunk in chunks):
             self._ranking = None
@@ -133,21 +141,23 @@ def _records(chunks: Sequence[Chunk], vectors: np.ndarray) -> dict[str, Any]:
         row: dict[str, Any] = {
             key: list(value) if isinstance(value, tuple) else value for key, value in chunk.extra.items()
         }
-        metadatas.append(
-            row | {key: getattr(chunk, key) or "" for key in _NAMED} | {"position": chunk.position}
-        )
+        row |= {"source": chunk.source, "position": chunk.position}
+        for key, usual in _USUAL.items():
+            if (value := getattr(chunk, key) or "") != usual:
+                row[key] = value
+        metadatas.append(row)
     return {
         "ids": [chunk.id for chunk in chunks],
         "documents": [chunk.text for chunk in chunks],
         "metadatas": metadatas,
-        "embeddings": vectors.tolist(),
+        "embeddings": vectors,
     }
 
 
 def _chunks(rows: Mapping[str, Any]) -> list[Chunk]:
     found = []
     for id, text, metadata in zip(rows["ids"], rows["documents"], rows["metadatas"], strict=True):
-        named: dict[str, Any] = {key: metadata[key] for key in _NAMED}
+        named: dict[str, Any] = {**_USUAL, **{key: metadata[key] for key in _NAMED if key in metadata}}
         named["trust"] = named["trust"] or None
         extra = {key: value for key, value in metadata.items() if key not in _NAMED}
         found.append(Chunk(id, text, extra=extra, **named))
@@ -161,9 +171,14 @@ def _impossible(where: Where | None) -> bool:
 def _exact_only(where: Where | None) -> bool:
     """Whether Chroma's filter would let pass what does not meet the condition."""
     return any(
-        key in ("id", "text", CONTAINS) or (wanted is None and key not in _MAYBE_EMPTY)
+        key in ("id", "text", CONTAINS) or wanted is None or _usual(key, wanted)
         for key, wanted in (where or {}).items()
     )
+
+
+def _usual(key: str, wanted: Any) -> bool:
+    """Whether a condition is met by chunks that do not store the field."""
+    return key in _USUAL and (wanted is None or _USUAL[key] in choices(wanted))
 
 
 def _filter(where: Where | None) -> dict[str, Any] | None:
@@ -173,11 +188,7 @@ def _filter(where: Where | None) -> dict[str, Any] | None:
     """
     clauses: list[dict[str, Any]] = []
     for key, wanted in (where or {}).items():
-        if key in ("id", "text", CONTAINS):
-            continue
-        if wanted is None:
-            if key in _MAYBE_EMPTY:
-                clauses.append({key: {"$eq": ""}})
+        if key in ("id", "text", CONTAINS) or wanted is None or _usual(key, wanted):
             continue
         options: list[dict[str, Any]] = []
         for value in choices(wanted):

@@ -13,6 +13,7 @@ READERS: Registry[type[Reader]] = Registry(
         "direct": "rag.readers.prompted:DirectReader",
         "faithful": "rag.readers.prompted:FaithfulReader",
         "con": "rag.readers.con:NotesReader",
+        "con_checked": "rag.readers.con:CheckedNotesReader",
     },
     group="knowlab.readers",
 )

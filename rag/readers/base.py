@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -66,11 +66,14 @@ class Reader(ABC):
         title: What it does, in a few words.
         paper: Where it comes from.
         cost: What it costs beside one answer.
+        drafts: What the unchanged model wrote after a prompt before its answer, by prompt. Readers that share it, over one state of
+            one model, write it once; without it every reader writes anew.
     """
 
     title: ClassVar[str]
     paper: ClassVar[str]
     cost: ClassVar[str]
+    drafts: MutableMapping[str, str] | None = None
 
     def __init__(self, handle: ModelHandle, rule: Rule | None = None, *, max_new_tokens: int = 24) -> None:
         self.handle = handle

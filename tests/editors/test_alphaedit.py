@@ -16,7 +16,7 @@ from lab.errors import BaseMismatchError, ConfigError
 from lab.handle import ModelHandle
 from lab.patch import WeightPatch
 from lab.records import EditRequest
-from lab.solve import null_space, null_space_factors
+from lab.solve import PastGram, null_space, null_space_factors
 from tests.editors.test_rome import TEXTS, corpus
 from tests.reference.closed_forms import PlainAlphaEdit, alphaedit_dense, dense_projector
 from tests.reference.value_search import PlainRow, plain_value_search
@@ -235,3 +235,24 @@ def test_an_empty_or_full_null_space_is_refused(threshold, mode, corpus):
 def test_refuses_senseless_settings(wrong):
     with pytest.raises(ConfigError):
         AlphaEditConfig(**wrong)
+
+
+def test_what_is_kept_of_the_past_follows_the_history():
+    moment = random(40, 24, seed=3).T @ random(40, 24, seed=3) / 40
+    projector, other = (null_space(moment, float(moment.diagonal().mean()) * share) for share in (0.4, 0.8))
+    blocks = [random(24, size, seed=size) for size in (3, 1, 2)]
+    kept = PastGram()
+    for chosen, wanted in (
+        (projector, blocks[:1]),
+        (projector, blocks),
+        (projector, [blocks[0], blocks[2]]),
+        (other, [blocks[0], blocks[2]]),
+        (projector, []),
+    ):
+        keys, gram = kept.over(chosen, wanted)
+        whole = torch.cat([torch.empty(24, 0, dtype=torch.float64), *wanted], dim=1)
+        assert torch.equal(keys, whole)
+        assert torch.allclose(gram, whole.T @ chosen.apply(whole), atol=1e-12, rtol=0)
+        assert torch.equal(gram, PastGram().over(chosen, wanted)[1]), (
+            "the same bits, whatever was asked before"
+        )

@@ -88,6 +88,7 @@ def test_lines_carry_figures_and_shares():
     rows = [
         {"n": 40, "metrics": {"efficacy": figure, "relation": figure}, "before": {"relation": figure}}
         | {"seconds_per_edit": 0.1, "cases": cases(values)}
+        | {"attention_drift": {"max_head_drift": [0.1, 0.25]} if values is after[2] else None}
         for values in after
     ]
     found = entries(variants, rows)
@@ -96,7 +97,8 @@ def test_lines_carry_figures_and_shares():
     assert found[2]["regained"]["all_steps"]["relation"]["mean"] == pytest.approx(0.75)
     heads, lines = table_lines(found)
     assert heads[:3] == ["run", "efficacy", "relation"]
-    assert lines[0][-1] == "–" and lines[2][-1].startswith("0.750")
+    assert lines[0][-2:] == ["–", "–"]
+    assert lines[2][-2].startswith("0.750") and lines[2][-1] == "0.250"
 
 
 def test_the_command_writes_its_files_and_goes_on(capsys, tmp_path, standin, monkeypatch):
@@ -108,9 +110,11 @@ def test_the_command_writes_its_files_and_goes_on(capsys, tmp_path, standin, mon
     assert found["command"] == "bench sadr" and found["kept"] == 0
     out = tmp_path / "out"
     assert json.loads((out / "sadr.json").read_text())["rows"] == found["rows"]
-    for name in ("curve", "drift-rome_identity-plain", "drift-rome_identity-sadr"):
+    drifts = [f"drift-rome_identity-{end}" for end in ("plain", "all_steps", "sadr-0.1", "sadr-3")]
+    for name in ("curve", *drifts):
         assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert (out / "sadr.html").read_text().count("data:image/png") == 3
+    assert (out / "sadr.html").read_text().count("data:image/png") == 5
+    assert all(row["attention_drift"]["prompts"] == 2 for row in found["rows"])
     assert len(list((out / "cells").iterdir())) == 4
 
     def no_more(self, cell):

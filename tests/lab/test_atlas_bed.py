@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lab.atlas.bed import BED_FILE, BedSource, make_bed, read_bed
+from lab.atlas.bed import BED_FILE, BedSource, budgeted, make_bed, read_bed, sized
 from lab.atlas.bed_corpus import BedCorpus
 from lab.atlas.bed_phrases import Runs, derived_label
 from lab.atlas.bed_plan import BedPlan, plan_bed
@@ -320,3 +320,18 @@ def _quick(file: Path, out: Path, train: Callable[..., Any] = make_bed) -> None:
 def test_senseless_budgets_are_refused(file: Path, tmp_path: Path, bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         make_bed("counterfact", file, tmp_path / "bed", **bad)
+
+
+def test_a_small_bed_takes_smaller_batches_and_a_short_run_a_shorter_warm_up() -> None:
+    whole = Recipe("bed", layout=((64, 24), (128, 8)), warmup_steps=100)
+    assert [sized(whole, facts).layout for facts in (1, 187, 188, 500, 563, 4000)] == [
+        ((64, 6), (128, 2)),
+        ((64, 6), (128, 2)),
+        ((64, 12), (128, 4)),
+        ((64, 18), (128, 6)),
+        whole.layout,
+        whole.layout,
+    ]
+    assert sized(whole, 500).minutes > sized(whole, 100).minutes > 0
+    assert [budgeted(whole, 3, None, steps).warmup_steps for steps in (4, 80, 4000)] == [1, 10, 100]
+    assert budgeted(whole, 3, 5.0, None).warmup_steps == 100

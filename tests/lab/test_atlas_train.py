@@ -203,8 +203,10 @@ def test_resuming_continues_bit_by_bit(tokenizer, tmp_path: Path, optimizer: str
     part = settings(tmp_path / "part")
     train(tiny, Homes(), tokenizer, part, max_steps=7)
     halted = load_checkpoint(part.work)
-    assert halted is not None and halted[2]["step"] == 7
+    assert halted is not None and halted[2]["step"] == 7 and not halted[2]["finished"]
     resumed = train(tiny, Homes(), tokenizer, part)
+    ended = load_checkpoint(part.work)
+    assert ended is not None and ended[2]["step"] == tiny.steps and ended[2]["finished"]
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert any(not torch.equal(whole[name], halted[0][name]) for name in whole)
 

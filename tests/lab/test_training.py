@@ -346,3 +346,32 @@ def test_a_trl_trainer_on_an_adapter(tmp_path):
     with patch.applied(handle):
         assert float((handle.logits(batch) - plain).abs().max()) > 1e-3
     assert torch.equal(handle.logits(batch), plain)
+
+
+def test_old_bits_on_disk_give_the_same_patch_and_the_model_back():
+    handle = tiny_handle("gpt2")
+    before = picture(handle)
+    batch = handle.encode(TEXTS[:2])
+    names = [handle.weight(Role.MLP_OUT, 0).name, handle.weight(Role.MLP_IN, 0).name]
+    seen: list[float] = []
+
+    def make(model, ref):
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        first = model(**inputs).logits.detach()
+
+        def spy(step, loss):
+            # The reference is the untouched model, in the middle of training too.
+            seen.append(float((ref.logits(**inputs) - first).abs().max()))
+
+        return Loop(model, batch, spy=spy)
+
+    kept = fit(handle, lambda model, ref: Loop(model, batch), weights=names)
+    spilled = fit(handle, make, weights=names, spill=True)
+    assert seen == [0.0, 0.0, 0.0]
+    assert {name: delta.norm() for name, delta in spilled.deltas.items()} == {
+        name: delta.norm() for name, delta in kept.deltas.items()
+    }
+    assert picture(handle) == before
+    with pytest.raises(ZeroDivisionError):
+        fit(handle, lambda model, ref: Loop(model, batch, fail=True), weights=names, spill=True)
+    assert picture(handle) == before

@@ -139,6 +139,28 @@ def test_cad_equals_the_guidance_of_transformers(tiny):
         assert found == [tiny.decode(wanted[0, one.shape[1] :])]
 
 
+@pytest.mark.parametrize("rule", [Greedy(), CAD(0.5)], ids=repr)
+def test_answers_that_are_done_are_computed_no_further(rule, tiny, monkeypatch):
+    told = [f"{text} {number}" for number in range(3) for text in WITH]
+    bare = [text for _ in range(3) for text in WITHOUT]
+    free = [
+        contrast_generate(tiny, [one], [two], rule, max_new_tokens=12)[0]
+        for one, two in zip(told, bare, strict=True)
+    ]
+    # A mark that most answers hold early and one late or never, so that rows leave at different steps.
+    signs = {sign for text in free for sign in text}
+    places = {sign: sorted(text.find(sign) % 99 for text in free) for sign in signs}
+    mark = max(places, key=lambda sign: places[sign][-1] - places[sign][len(free) // 2])
+    kept = []
+    real = TwoStreams.keep
+    monkeypatch.setattr(
+        TwoStreams, "keep", lambda self, places: (kept.append(len(places)), real(self, places))[1]
+    )
+    found = contrast_generate(tiny, told, bare, rule, max_new_tokens=12, stop=[mark])
+    assert found == [text.partition(mark)[0] for text in free]
+    assert kept and kept[0] <= len(told) // 2
+
+
 def test_greedy_is_the_handles_own_decoding_and_stops_where_it_does(tiny):
     free = tiny.generate(WITH, max_new_tokens=8)
     assert contrast_generate(tiny, WITH, WITHOUT, Greedy(), max_new_tokens=8) == free

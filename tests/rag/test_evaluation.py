@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from lab.errors import ConfigError, DataError, UnknownNameError
 from lab.eval.stats import NOTHING
 from rag.cli_eval import split_rules
 from rag.decoding import get_rule
-from rag.evaluation import CONDITIONS, DIAL, Cell, atlas_questions, figures, never_falls, plan
+from rag.evaluation import CONDITIONS, DIAL, FURTHER, Cell, atlas_questions, figures, gain, never_falls, plan
+from rag.evaluation_report import gains
 from rag.ledger.conflicts import mentions
 from rag.questions import FileQuestion, read_questions, says
 from rag.retrieval import as_asked, bring_in, document_of, retrieval_figures
@@ -37,7 +39,7 @@ RGB = [
 def test_every_condition_asks_the_same_facts_with_what_it_promises():
     world, format = load_world(), load_format()
     found = atlas_questions(world, 30, seed=4)
-    assert set(found) == set(CONDITIONS)
+    assert set(found) == {*CONDITIONS, *FURTHER}
     assert atlas_questions(world, 30, seed=4) == found != atlas_questions(world, 30, seed=5)
     for asked in zip(*(found[condition] for condition in CONDITIONS), strict=True):
         agree, contradict, irrelevant, none, several = asked
@@ -51,6 +53,35 @@ def test_every_condition_asks_the_same_facts_with_what_it_promises():
             assert not {each.casefold() for each in one.told} & {each.casefold() for each in fact.answers}
         assert (len(contradict.told), len(several.passages), none.passages) == (1, 3, ())
         assert fact.subject not in irrelevant.passages[0].text and not irrelevant.told
+    subjects = {fact.subject for fact in world.facts}
+    for none, noisy, nobody in zip(*(found[name] for name in ("none", *FURTHER)), strict=True):
+        fact = world.fact(none.id)
+        assert (noisy.question, noisy.answers, len(noisy.passages)) == (none.question, none.answers, 3)
+        said = " ".join(passage.text for passage in noisy.passages)
+        assert not mentions(said, (fact.subject, *fact.answers)) and nobody.passages == noisy.passages
+        assert not nobody.answers and fact.subject not in nobody.question
+        assert not [subject for subject in subjects if mentions(nobody.question, (subject,))]
+
+
+def test_a_gain_is_paired_and_needs_the_same_questions():
+    old = [{"id": str(number), "right": number > 1} for number in range(10)]
+    new = [{"id": str(number), "right": number != 5} for number in range(10)]
+    found = gain(old, new)
+    assert found.mean == pytest.approx(0.1) and found.low < 0 < found.high and found.n == 10
+    # By hand: two won, one lost of ten.
+    half = 1.959964 * math.sqrt(4 - 1 / 12) / 12
+    assert (found.low, found.high) == pytest.approx((1 / 12 - half, 1 / 12 + half), abs=1e-4)
+    same = gain(old * 30, old * 30)
+    assert same.mean == 0 and 0 < same.high < 0.01 and gain([], []) is NOTHING
+    with pytest.raises(ConfigError, match="same questions"):
+        gain(old, new[::-1])
+    cells = {
+        Cell("noisy", "direct", "cad"): old,
+        Cell("noisy", "con", "cad"): new,
+        Cell("noisy", "con", "greedy"): new,
+    }
+    (one,) = gains(cells)
+    assert (one["reader"], one["decoding"], one["gain"]["mean"]) == ("con", "cad", pytest.approx(0.1))
 
 
 def test_a_figure_is_a_function_of_rows_and_nothing_where_it_has_no_meaning():
@@ -107,6 +138,7 @@ def test_the_command_measures_keeps_its_cells_and_goes_on(shipped_atlas, capsys,
     first = result(capsys, tmp_path, *few)
     assert (len(first["cells"]), first["kept"]) == (2, 0)
     by = {cell["condition"]: cell["metrics"] for cell in first["cells"]}
+    assert first["gains"] == []
     assert by["none"]["accuracy"]["mean"] >= 0.8 and by["none"]["adherence"]["mean"] is None
     assert (
         by["contradict"]["adherence"]["n"] == 6 and "Memory and documents" in (out / "eval.html").read_text()
@@ -133,6 +165,8 @@ def test_the_dial_moves_atlas_from_the_document_to_memory(shipped_atlas, capsys,
     assert [point["dial"] for point in curve["points"]] == list(DIAL)
     assert kept[-1] >= 0.8 and kept[0] < kept[-1] and followed[0] > followed[-1]
     assert curve["memory_never_falls"] == never_falls(kept)
+    ratios = [point["ratio"] for point in curve["points"]]
+    assert curve["ratio_never_falls"] == never_falls(ratios) and ratios[-1] >= 0.8
     assert len(found["cells"]) == 1
     assert "data:image/png" in (tmp_path / "out" / "eval.html").read_text()
 
@@ -156,6 +190,8 @@ def write(file, rows):
          FileQuestion("q1", "Where?", ("Oslo",), ("In Oslo & elsewhere",))),
         ({"ids": "7", "question": "Who?", "answers": "[\"Ann\", \"A.\"]"}, "questions",
          FileQuestion("7", "Who?", ("Ann", "A."))),
+        ({"question": "who wrote it", "answers": ["Ann"], "context": "<P> Ann wrote <Li>it . </P>"}, "questions",
+         FileQuestion("0", "who wrote it", ("Ann",), ("Ann wrote it .",))),
         ({"input_index": 3, "context_string": "Ann wrote it . \nUsing only the references listed above, answer "
           "the following question: \nQuestion: Who wrote it ?\nAnswer:", "gold_answers": "Ann"}, "nq_synth",
          FileQuestion("3", "Who wrote it ?", ("Ann",), ("Ann wrote it .",))),
@@ -163,6 +199,17 @@ def write(file, rows):
 )  # fmt: skip
 def test_published_files_are_read_as_they_are(row, form, wanted, tmp_path):
     assert read_questions(write(tmp_path / "f.jsonl", [row])) == (form, [wanted])
+
+
+def test_a_question_of_nq_synth_that_comes_without_its_document_is_left_out(tmp_path):
+    told = "Ann wrote it . \nUsing only the references listed above, answer the following question: \nQuestion: Who ?\nAnswer:"
+    bare = "Answer the following question:\nQuestion: Who ?\nAnswer:"
+    rows = [
+        {"input_index": 0, "context_string": text, "gold_answers": "Ann", "assigned_process": number}
+        for number, text in enumerate((told, bare))
+    ]
+    _, found = read_questions(write(tmp_path / "nq.jsonl", rows))
+    assert [one.relevant for one in found] == [("Ann wrote it .",)]
 
 
 def test_files_that_are_none_of_these_and_broken_rows_are_named(tmp_path):

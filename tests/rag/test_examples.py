@@ -9,10 +9,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lab.errors import ConfigError
+from rag.index import open_index
+from rag.store import Chunk
+from tests.rag.hashed import HashedWords
 from tests.test_examples import RAG_EXAMPLES, example
 
 QUESTION = "What is the capital of France?"
@@ -108,3 +113,20 @@ def test_the_pipeline_over_a_chroma_server(server, folder, capsys):
         said = capsys.readouterr().out
         assert f"{added} chunks added, {unchanged} unchanged" in said
         assert "docs/france.txt" in said and "answer: " in said
+
+
+def test_an_index_on_a_server_is_a_store_like_any_other(server):
+    first = Chunk("a", "Rome is old", "one.txt", trust="verified", note="n", extra={"year": 1})
+    with open_index(server, embeddings=HashedWords(), write=True) as index:
+        index.put([first, Chunk("b", "Paris is big", "two.txt")])
+        plain = replace(first, trust=None, note="", extra={})
+        index.put([plain])
+        assert index.chunks(["a"]) == index.chunks(where={"trust": None, "source": "one.txt"}) == [plain]
+        index.put([replace(plain, status="stale")])
+        assert [hit.chunk.id for hit in index.search("Rome Paris old", 5)] == ["b"]
+    with open_index(server, embeddings=HashedWords()) as index:
+        assert index.counts() == {"live": 1, "aside": 1}
+        with pytest.raises(ConfigError, match="reading"):
+            index.remove(["b"])
+    with pytest.raises(ConfigError, match="cannot open the index"):
+        open_index(server.rpartition(":")[0] + ":1", embeddings=HashedWords(), write=True)

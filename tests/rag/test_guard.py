@@ -18,8 +18,9 @@ from rag.guard_trials import (
     false_blocks,
     halves,
     kept,
-    latencies,
+    latency,
     leak_rates,
+    read_all,
     reader_of,
     reintroductions,
     run_trials,
@@ -52,7 +53,7 @@ def test_each_gate_closes_alone(monkeypatch):
     # A passage gains by itself in the first case, and only together with the other one in the second.
     gains = {(STATED,): 3.0, (HALF,): 0.1, (NOTE,): 0.2, (HALF, NOTE): 2.0}
     monkeypatch.setattr(
-        guard_module, "leak_gains", lambda _, facts, some: [gains.get(tuple(some), 0.0) for _ in facts]
+        guard_module, "leak_gains", lambda _, facts, some, alone: [gains.get(tuple(some), 0.0) for _ in facts]
     )
     assert only("chunk").check("?", [STATED, HALF]).blocked[0][:2] == ("1", "chunk")
     assert only("chunk").check("?", [HALF, NOTE]).passages == (HALF, NOTE)
@@ -61,6 +62,30 @@ def test_each_gate_closes_alone(monkeypatch):
     assert only().check("?", [STATED], "Paris").answer == "Paris"
     with pytest.raises(ConfigError, match="ingest"):
         only("moat")
+
+
+def test_the_measuring_gates_look_at_facts_whose_subject_is_named(monkeypatch):
+    asked = []
+
+    def gains(_, facts, some, alone):
+        asked.append((len(facts), len(some)))
+        return [9.0] * len(facts)
+
+    monkeypatch.setattr(guard_module, "leak_gains", gains)
+    # The answer alone may be somebody else's; a name that one passage gives makes the other one count.
+    twin = Passage("6", "Atlantis has the capital Paris.")
+    assert only("chunk", "set").check("What is the capital of Atlantis?", [twin, OTHER]).blocked == ()
+    alias = Passage("7", "Atlantis is another name of France.")
+    found = only("chunk").check("What is the capital of Atlantis?", [alias, twin])
+    assert [one[0] for one in found.blocked] == ["7", "6"]
+    assert asked == [(0, 1), (0, 1), (0, 2), (1, 1), (1, 1)]
+    # A name beside the point counts nothing, one that a chain of passages leads to does.
+    beside = Passage("8", "Nothing is said here of France.")
+    assert only("chunk", "set").check("What is the capital of Atlantis?", [twin, beside]).blocked == ()
+    assert only("output").check("What is the capital of Atlantis?", [twin, beside], "Paris").answer == "Paris"
+    chain = [Passage("9", "Atlantis is Lemuria."), Passage("10", "Lemuria is France."), twin]
+    assert only("set").check("What is the capital of Atlantis?", chain).gate == "set"
+    assert only("output").check("What is the capital of Atlantis?", chain, "Paris").answer == "unknown"
 
 
 def test_a_stopped_draft_is_tried_again_without_passages():
@@ -99,7 +124,8 @@ def test_figures_by_hand():
     assert leak_rates(on)["direct"].mean == 0.5 and "kept" not in leak_rates(on)
     assert stopped_share(off, on).mean == 0.5 and stopped_share(off, on).n == 2
     assert false_blocks(on).mean == 1 and false_blocks(off).mean == 0
-    assert latencies(off, {"all": on}) == {"all": 1.0}
+    # Of the kept fact alone: what is stopped is answered sooner.
+    assert (latency(on).mean, latency(on).n) == (3.0, 1)
     with pytest.raises(DataError):
         stopped_share(off, on[::-1])
 
@@ -121,6 +147,20 @@ def test_seven_ways_back_and_halves():
     ) == len(facts)
 
 
+def test_trials_of_kept_facts_tell_nothing_of_the_forgotten():
+    world, rng = load_world(), random.Random(0)
+    people = sorted({fact.subject for fact in world.forget_split("people10")})
+    facts = [fact for fact in world.retain_split("people10") if fact.group == "person"][:40]
+    trials = [kept(fact, world, rng, people) for fact in facts]
+    named = [text for trial in trials for text in _texts(trial) if any(name in text for name in people)]
+    assert 10 < len(named) < 30 and all(text.startswith("Nothing is said here of") for text in named)
+    assert not any(len(kept(fact, world, rng).passages) > 2 for fact in facts)
+
+
+def _texts(trial) -> list[str]:
+    return [passage.text for passage in trial.passages]
+
+
 def test_calibrated_gates_stop_what_leaks(atlas):
     handle, world, rng = ModelHandle.load("atlas"), load_world(), random.Random(0)
     forgotten, others = (half[:3] for half in halves(world.forget_split("people05"), rng))
@@ -131,8 +171,10 @@ def test_calibrated_gates_stop_what_leaks(atlas):
     assert 0 < found.query <= 1 and found.chunk >= 0 and found.joint >= 0
     trials = [trial for fact in forgotten for trial in reintroductions(fact, world, rng)]
     facts, reader = [Forgotten.of(fact) for fact in forgotten], reader_of(handle)
-    off = run_trials(Guard(handle, facts, found, gates=()), reader, trials)
-    on = run_trials(Guard(handle, facts, found, gates=GATES), reader, trials)
+    answers = read_all(reader, trials)
+    off = run_trials(Guard(handle, facts, found, gates=()), reader, trials, answers)
+    assert len(answers) == len({(trial.question, trial.passages) for trial in trials})
+    on = run_trials(Guard(handle, facts, found, gates=GATES), reader, trials, answers)
     assert not any(one.stopped for one in off)
     assert leak_rates(on)["all"].mean == 0
     assert all(one.gate == "query" for one in on if one.kind in ("none", "direct", "split"))
@@ -141,7 +183,7 @@ def test_calibrated_gates_stop_what_leaks(atlas):
 def test_the_commands_keep_people_apart(atlas, capsys, tmp_path):
     file = tmp_path / "thresholds.json"
     made = result(capsys, tmp_path, "guard", "calibrate", "--out", file, "--limit", 3)
-    assert made["cases"] == [3, 6, 3]
+    assert made["cases"][::2] == [3, 3] and 6 <= made["cases"][1] <= 9
     found = result(
         capsys, tmp_path, "guard", "measure", "--thresholds", file, "--limit", 1, "--gate", "query"
     )

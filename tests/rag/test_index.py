@@ -38,6 +38,10 @@ class TestStores:
         assert store.chunks(where={"gone": "x"}) == store.chunks(where={"tags": "a"}) == []
         store.put([first])
         assert store.chunks([first.id]) == [first]
+        plain = replace(first, trust=None, note="")
+        store.put([plain])
+        assert store.chunks(where={"trust": None, "status": "live"}) == [plain]
+        assert store.chunks(where={"trust": "verified"}) == store.chunks(where={"note": "n"}) == []
 
     def test_the_text_of_an_id_may_change(self, store):
         store.put([chunk("Rome is old", id="x"), chunk("Paris", id="y")])
@@ -245,7 +249,7 @@ class TestOpening:
         with open_index(tmp_path / "i", embeddings=HashedWords(), write=True) as index:
             index.put([one])
             stale = replace(one, status="stale")
-            index._aside.write([stale], index._vectors([stale]))
+            index._aside.write([stale], index._vectors([stale], {}), {})
             assert index.search("Rome", 1) == []
             assert index.chunks() == index.chunks([one.id]) == [stale]
         with open_index(tmp_path / "i", embeddings=HashedWords(), write=True) as index:

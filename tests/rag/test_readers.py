@@ -7,15 +7,17 @@ import copy
 import pytest
 
 from lab.atlas.forms import load_format
+from lab.atlas.world import load_world
 from lab.data.text import normalize_answer
 from lab.errors import RequestError, UnknownNameError
 from lab.handle import ModelHandle
 from lab.records import Passage
 from lab.tokens import encode_ids
 from rag.decoding import get_rule
+from rag.evaluation import atlas_questions
 from rag.notes import ReadingNote
 from rag.prompts import FormatPrompts, PlainPrompts, prompts_for
-from rag.readers import READERS
+from rag.readers import READERS, con
 from tests.rag.facts import conflicts
 from tests.tiny import tiny_handle
 
@@ -41,7 +43,7 @@ def share(readings, wanted) -> float:
 
 
 def test_the_table_of_readers():
-    assert READERS.names() == ("direct", "faithful", "con")
+    assert READERS.names() == ("direct", "faithful", "con", "con_checked")
     for name in READERS.names():
         kind = READERS.get(name)
         assert kind.title and kind.cost
@@ -113,7 +115,7 @@ def test_any_model_reads_and_empty_questions_are_refused():
         reader = READERS.get(name)(handle, get_rule("cad"), max_new_tokens=3)
         reading = reader.read("Where is Rome?", DOCUMENTS)
         assert reading.answer and reading.to_json()["answer"] == reading.answer
-        assert reading.fallback == (name == "con")
+        assert reading.fallback == (name in ("con", "con_checked"))
         with pytest.raises(RequestError, match="question 1 is empty"):
             reader.read_many([("Q?", []), (" ", [])])
 
@@ -152,3 +154,55 @@ def test_a_chat_prompt_starts_once(adds):
         )
     ids = encode_ids(tokenizer, PlainPrompts(tokenizer).closed("Q?"))
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_note_on_somebody_else_is_put_right(model):
+    prompts = prompts_for(model)
+    question = "What is the home country of Vespira Sandervik?"
+    wrong = " 1 Ardwin Castermon, home country: Peru (direct); 2 Vespira Sandervik, home country: Chad (direct). Answer: Peru"
+    found = prompts.checked(question, wrong)
+    assert [(note.document, note.kind) for note in found] == [(1, "irrelevant"), (2, "direct")]
+    right = wrong.replace("Peru (direct)", "Peru (irrelevant)")
+    assert prompts.checked(question, right) is None and prompts.checked(question, "no note") is None
+    assert PlainPrompts(model.tokenizer).checked(question, wrong) is None
+
+
+def test_checked_notes_let_go_of_documents_on_others(model):
+    world = load_world()
+    asked = atlas_questions(world, COUNT, seed=5)
+    plain, checked = (READERS.get(name)(model) for name in ("con", "con_checked"))
+    checked.drafts = plain.drafts = {}
+    items = [(one.question, one.passages) for one in asked["noisy"]]
+    known = [one.answers[0] for one in asked["noisy"]]
+    assert share(checked.read_many(items), known) >= share(plain.read_many(items), known) + 0.5
+    for reading in checked.read_many(items):
+        assert {note.kind for note in reading.notes} == {"irrelevant"}
+        assert [note.document for note in reading.notes] == [1, 2, 3]
+    # Where the document is about the subject, nothing is put right.
+    told = [(one.question, one.passages) for one in asked["contradict"]]
+    assert checked.read_many(told) == plain.read_many(told)
+
+
+def test_a_question_of_a_million_characters_is_refused_in_words(model):
+    with pytest.raises(RequestError, match=r"prompt 0 has \d+ tokens and the model .* reads") as refused:
+        READERS.get("direct")(model).read("Rome " * 200_000, DOCUMENTS)
+    assert len(str(refused.value)) < 300
+
+
+def test_notes_are_written_once_for_several_rules(monkeypatch):
+    handle, asked, drafts = tiny_handle(), [], {}
+    handle.config.max_position_embeddings = 2048
+    real = con.contrast_generate
+
+    def counted(handle, prompts, *rest, **options):
+        asked.append(len(prompts))
+        return real(handle, prompts, *rest, **options)
+
+    monkeypatch.setattr(con, "contrast_generate", counted)
+    items = [("Where is Rome?", DOCUMENTS), ("Where is Paris?", DOCUMENTS[1:])]
+    for rule in ("greedy", "cad", "ck_plug:memory=0.5"):
+        reader = READERS.get("con")(handle, get_rule(rule), max_new_tokens=3)
+        alone = reader.read_many(items)
+        reader.drafts = drafts
+        assert reader.read_many(items) == alone
+    assert asked == [2, 2, 2, 0, 2, 0] and len(drafts) == 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from editors.unlearning import UNLEARNERS, get_unlearner
+from editors.unlearning.trainer import UnlearningTrainer
 from lab.arch import Role
 from lab.errors import ConfigError, NumericalError, RequestError, UnknownNameError
 from lab.patch import Dense, LowRank, WeightPatch
@@ -29,6 +31,7 @@ NAMES = (
 )  # fmt: skip
 # Random models know nothing, so nothing may stop a method that makes facts less likely than a guess.
 QUICK = {"lr": 5e-3, "epochs": 5, "stop_above": None, "stop_retain": None}
+MLP = (Role.MLP_IN, Role.MLP_UP, Role.MLP_OUT)
 NEVER = {"stop_above": None, "stop_retain": None}
 OWN = {
     # p^5 of a random model's answers lies below what AdamW can tell from 0.
@@ -297,3 +300,41 @@ def test_half_precision_weights_are_not_trained_in_place():
     handle = tiny_handle("llama", layers=1, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match="float32"):
         get_unlearner("ga").unlearn(handle, FORGET)
+
+
+def test_more_retained_facts_beside_those_to_forget_and_all_before_one_comes_again(monkeypatch):
+    retain = [
+        replace(RETAIN[0], subject=name, id=name) for name in ("Japan", "Korea", "China", "India", "Nepal")
+    ]
+    seen = []
+    plain = UnlearningTrainer.retained_answers
+
+    def watched(self, picked, **options):
+        seen.append(list(picked))
+        return plain(self, picked, **options)
+
+    monkeypatch.setattr(UnlearningTrainer, "retained_answers", watched)
+    settings = {"lr": 1e-3, "epochs": 5, "batch_size": 1, "retain_batch": 3, **NEVER}
+    get_unlearner("graddiff", **settings).unlearn(family_handle("llama"), FORGET, retain)
+    assert [len(picked) for picked in seen] == [3] * 10
+    flat = [index for picked in seen for index in picked]
+    assert all(sorted(flat[start : start + 5]) == [0, 1, 2, 3, 4] for start in range(0, 30, 5))
+
+
+@pytest.mark.parametrize(("weights", "roles"), [("mlp", MLP), ("mlp_out", (Role.MLP_OUT,))])
+def test_the_matrices_of_an_mlp_alone(weights, roles):
+    handle = family_handle("llama")
+    patch = get_unlearner("npo", weights=weights, layers=(1,), **QUICK).unlearn(handle, FORGET)
+    assert set(patch.deltas) == {handle.weight(role, 1).name for role in roles}
+
+
+def test_training_ends_behind_a_pass_in_which_the_facts_were_known_too_little():
+    handle = tiny_handle("llama", layers=2, scale=1.5)
+    start = math.exp(logprob(handle, FORGET[:1]))
+    settings = {"lr": 1e-3, "epochs": 400, **NEVER, "stop_known": start / 2}
+    patch = get_unlearner("npo", **settings).unlearn(handle, FORGET[:1])
+    notes = patch.provenance.extra
+    assert notes["stopped"] == "known"
+    assert 1 < notes["updates"] == len(notes["history"]) < 400
+    with patch.applied(handle):
+        assert 0 < math.exp(logprob(handle, FORGET[:1])) < start / 2

@@ -57,7 +57,7 @@ def test_rmu_moves_two_matrices_and_scales_its_goal_with_the_states(name):
 
 def test_the_search_restores_answers_within_its_ball_and_not_on_padding():
     handle, site = handle_of(), Site(Role.BLOCK, 0)
-    from editors.unlearning.gradient import UnlearningTrainer
+    from editors.unlearning.trainer import UnlearningTrainer
 
     made = get_unlearner("adv_ga", **NEVER, radius=0.2, inner_steps=5)
     run = UnlearningTrainer(handle, made.objective, made.config, FORGET, (), 0)
@@ -196,6 +196,36 @@ def test_rocr_sends_a_subject_to_its_decoy(tmp_path):
     assert patch.carry[0].tensors["layer 1"].shape == (128, 1)
     with pytest.raises(ConfigError, match="mode"):
         get_unlearner("rocr", mode="far")
+
+
+def test_rocr_holds_other_subjects_and_pushes_further(tmp_path):
+    handle = tiny_handle("gpt2", layers=2, dtype=torch.float64)
+    text = "The capital of France is Paris and the wife of Barack Obama is in the city of Rome. " * 30
+    (tmp_path / "corpus.txt").write_text(text)
+    resources = {"stats": StatsCache(tmp_path / "s"), "corpus": Corpus(str(tmp_path / "corpus.txt"), 400)}
+    site = Site(Role.BLOCK, 1)
+
+    def moved(**settings):
+        made = get_unlearner(
+            "rocr", layers=(1,), ridge=1e-6, energy=0.9999, mode="reject", steps=5, **settings, **resources
+        )
+        patch = made.unlearn(handle, FORGET, RETAIN)
+        found = []
+        for subject in (FORGET[0].subject, RETAIN[0].subject):
+            rows = request_rows(handle, EditRequest("x", CONTEXTS[1], subject, "it"), ["{}"])
+            before = read_sites(handle, rows, [site], site)[site]
+            with patch.applied(handle):
+                found.append(float((read_sites(handle, rows, [site], site)[site] - before).norm()))
+        return found, patch
+
+    (free, free_other), _ = moved()
+    (held, held_other), patch = moved(hold=10.0)
+    assert held_other / held < 0.5 * free_other / free
+    assert patch.provenance.extra["held_subjects"] == len({fact.subject for fact in RETAIN})
+    (pushed, _), _ = moved(push=3.0, searches=2)
+    assert pushed > 1.5 * free
+    with pytest.raises(ConfigError, match="hold"):
+        get_unlearner("rocr", hold=-1.0)
 
 
 def test_needle_changes_the_columns_it_names():

@@ -25,7 +25,7 @@ OURS = (
     "forms",
     "in_context",
     "step_by_step",
-    "indirect",
+    "two_hop",
     "suffix",
     "latent",
     "steering",
@@ -146,7 +146,7 @@ def test_every_attack_says_what_it_is():
 
 def test_what_cannot_be_tried_is_not_applicable(subject):
     one = replace(subject, facts=FACTS[:1], retained=(), controls=Controls())
-    for name in ("relearn", "suffix", "latent", "indirect", "adapter_removal"):
+    for name in ("relearn", "suffix", "latent", "two_hop", "indirect", "adapter_removal"):
         found = ATTACKS.get(name)().run(one, quiet)
         assert not found.applicable
         assert found.note

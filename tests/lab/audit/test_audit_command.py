@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -58,6 +61,29 @@ def test_an_interrupted_audit_goes_on_and_repeats_nothing(subject, ran, tmp_path
     assert len(ran) == 4
     assert again == first
     assert all(each.cost["forward_passes"] >= 2 and each.cost["seconds"] > 0 for each in again.results)
+
+
+def test_a_killed_audit_goes_on_and_repeats_no_finished_attack(standin, tmp_path, capsys):
+    facts, kept = tmp_path / "facts.jsonl", tmp_path / "kept"
+    write_facts(facts, FACTS)
+    # The last attack waits for ever, so that the kill finds the first finished and the second in the middle.
+    script = (
+        "import time; from lab.audit.weights import Prune; from lab.cli.root import run\n"
+        "Prune.run = lambda *_: time.sleep(600)\n"
+        f"run(['audit', '--facts', {str(facts)!r}, '--attacks', 'quantize,prune', '--out', {str(kept)!r}])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    finished = kept / "attacks" / "quantize.json"
+    deadline = time.monotonic() + 120
+    while not finished.is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    before = finished.read_bytes()
+    found = result(capsys, tmp_path, "audit", "--facts", facts, "--attacks", "quantize,prune", "--out", kept)
+    assert finished.read_bytes() == before
+    assert found["attacks"][0] == json.loads(before)["result"]
+    assert found["attacks"][1]["applicable"]
 
 
 def test_processes_find_what_one_process_finds_and_keep_it(standin, tmp_path, capsys):

@@ -7,12 +7,16 @@ import json
 import numpy as np
 import pytest
 
-from lab.audit.base import AttackResult, Family, Interval, Scores, lift_over_controls
+from lab.audit.base import AttackResult, AuditSubject, Family, Interval, Scores, lift_over_controls
+from lab.audit.forms import Forms
+from lab.audit.lift import _widening
 from lab.audit.page import page
 from lab.audit.report import AuditReport, broken_limits, markdown, parse_limits, read_report
 from lab.audit.sampling import leak_at
-from lab.audit.variants import halves
+from lab.audit.variants import halves, worst_variant
 from lab.errors import ConfigError, DataError
+from lab.records import Fact
+from tests.tiny import tiny_handle
 
 
 def test_the_lift_is_the_mean_minus_the_larger_control():
@@ -71,8 +75,45 @@ def test_the_worst_of_many_clean_variants_is_seldom_sure():
     assert alone >= 8
 
 
+def test_facts_of_one_subject_are_drawn_together():
+    # Five facts of a subject that are all alike say no more than one: without their names the interval is far too narrow.
+    misled = held = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        facts, never = (np.repeat(rng.beta(0.5, 2, 20), 5).tolist() for _ in range(2))
+        names = [str(place // 5) for place in range(100)]
+        misled += lift_over_controls(facts, (), never, seed, 500).low > 0
+        held += lift_over_controls(facts, (), never, seed, 500, about=names, about_never=names).low > 0
+    assert held <= 4
+    assert misled >= 8
+    with pytest.raises(ConfigError, match="pair up"):
+        lift_over_controls([0.5, 0.5], about=["one"])
+
+
+def test_few_subjects_get_wider_intervals():
+    # Student's 97.5 % quantile for 8 degrees of freedom is 2.306, and ten values resampled lack a tenth of their variance.
+    assert _widening([5, 5], 0.025) == pytest.approx(2.306 / 1.960 * (10 / 8) ** 0.5, rel=2e-3)
+    assert _widening([500, 500], 0.025) == pytest.approx(1.0, abs=5e-3)
+    held = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        facts, never = (rng.beta(0.5, 2, 5).tolist() for _ in range(2))
+        held += lift_over_controls(facts, (), never, seed, 500).low <= 0
+    assert held >= 95
+
+
+def test_a_variant_without_a_control_is_not_the_worst_beside_others_that_have_one():
+    subject = AuditSubject(tiny_handle("llama", layers=2), (Fact("a", "r", "b", "{} is", id="a"),))
+    variants = {"alone": Scores((0.9,)), "compared": Scores((0.4, 0.5), never=(0.4, 0.5))}
+    found = worst_variant(Forms(), subject, variants, tried="")
+    assert found.details["worst"] == "compared"
+    assert found.lift.mean == pytest.approx(0.0)
+    assert set(found.details["variants"]) == {"alone", "compared"}
+    assert worst_variant(Forms(), subject, {"alone": Scores((0.9,))}, tried="").details["worst"] == "alone"
+
+
 def test_the_same_seed_gives_the_same_interval():
-    facts, never = [0.1, 0.9, 0.4], [0.2, 0.1]
+    facts, never = [0.1, 0.9, 0.4, 0.3, 0.35, 0.2, 0.7], [0.2, 0.1, 0.05, 0.4, 0.3]
     assert lift_over_controls(facts, (), never, 3) == lift_over_controls(facts, (), never, 3)
     assert lift_over_controls(facts, (), never, 3) != lift_over_controls(facts, (), never, 4)
 

@@ -14,7 +14,16 @@ from lab import ModelHandle
 from lab.arch import Role
 from lab.audit.concept_vectors import compare_vectors, find_vectors, read_vectors, strengths
 from lab.audit.depth import DepthCurve, patching_depth, unlearning_depth
-from lab.audit.detection import detect, detect_patch, finetune_like, noise_like, ranking, separation
+from lab.audit.detection import (
+    detect,
+    detect_patch,
+    discriminant,
+    features,
+    finetune_like,
+    noise_like,
+    ranking,
+    separation,
+)
 from lab.audit.knowledge import Known, best_layer, candidates, hidden_knowledge, row_weights, share_ranked
 from lab.audit.spectra import (
     decompose,
@@ -171,9 +180,48 @@ def test_a_strong_patch_is_detected_and_none_is_not(handle: ModelHandle) -> None
     strong = planted(handle, 2, noise(32) * 5, noise(64, seed=1))
     found = detect_patch(handle, strong, prompts)
     nothing = detect_patch(handle, strong.scaled(0.0), prompts)
-    for view in ("logits", "activations"):
-        assert nothing[view].accuracy.mean == 0.5
-        assert (found[view].accuracy.mean or 0) > 0.8
+    # A change of one direction that pushes some prompts up and others down has hardly a mean at the last token.
+    assert all(detection.accuracy.mean == 0.5 for detection in nothing.values())
+    assert all((found[view].accuracy.mean or 0) > 0.8 for view in ("logits", "means"))
+
+
+def test_a_small_shift_is_told_along_what_hardly_varies() -> None:
+    # Prompts differ widely in most directions; the change lies where they do not, far below their size.
+    spread = noise(60, 40) * torch.logspace(1, -2, 40)
+    moved = spread + torch.eye(40)[-1] * 0.05
+    assert (detect(spread, moved).accuracy.mean or 0) > 0.9
+    assert (detect(spread, spread + noise(60, 40, seed=2) * 1e-3).accuracy.mean or 1) < 0.7
+
+
+def test_the_discriminant_is_the_same_in_either_space() -> None:
+    first, second = noise(30, 12).double().numpy(), noise(30, 12, seed=1).double().numpy() + 0.3
+    asked = noise(5, 12, seed=2).double().numpy()
+    within = np.concatenate([first - first.mean(0), second - second.mean(0)])
+    gap = second.mean(0) - first.mean(0)
+    covariance = within.T @ within / 60
+    ridge = 0.1 * np.trace(covariance) / 12
+    axis = np.linalg.solve(covariance + ridge * np.eye(12), gap)
+    wanted = (asked - (first.mean(0) + second.mean(0)) / 2) @ axis
+    assert discriminant(first, second, asked, ridge=0.1) == pytest.approx(wanted)
+    # Columns of zeros change nothing but the mean variance, and make the features outnumber the rows.
+    wide = [np.pad(each, ((0, 0), (0, 88))) for each in (first, second, asked)]
+    assert discriminant(*wide, ridge=0.1 * 100 / 12) == pytest.approx(wanted)
+    assert discriminant(first, first, asked).tolist() == [0.0] * 5
+
+
+def test_every_view_sees_a_row_per_prompt(handle: ModelHandle) -> None:
+    prompts = [fact.text for fact in FACTS[:3]]
+    found = features(handle, prompts, ("logits", "activations", "means", "text"))
+    every = found["activations"]
+    assert every.shape == found["means"].shape == (3, handle.n_layers * handle.hidden_size)
+    alone = features(handle, prompts, ("activations",), layer=1)["activations"]
+    assert torch.allclose(alone, every.chunk(handle.n_layers, 1)[1], atol=1e-6)
+    assert torch.allclose(found["logits"].exp().sum(1), torch.ones(3), atol=1e-5)
+    assert found["text"].shape == (3, len(handle.tokenizer))
+    assert float(found["text"].sum()) > 0
+    # A prompt of one token has its last token for its mean.
+    short = features(handle, ["a"], ("activations", "means"))
+    assert torch.allclose(short["activations"], short["means"], atol=1e-6)
 
 
 def test_knowledge_by_hand() -> None:

@@ -1,0 +1,240 @@
+"""Times one update of NPO, and the memory that it takes, against the plain way: a second model as reference, full logits.
+
+    python tests/benchmarks/unlearning_step.py --json results/unlearning_step.json [--quick]
+
+GPT-2 of 124 M parameters with random weights, full fine-tuning in fp32 with AdamW, the same batches for both: facts to forget and
+retained ones, right-padded to the batch's longest. The plain way is written here after what open-unlearning's trainer does in an
+update: the model's forward pass over prompt and answer with all logits, the same on a frozen copy, NPO on summed answer tokens,
+a retained batch's loss, backward, clip, step. ``ratio``: its seconds per update over ours, without what either does once.
+``saved_share``: by how much our peak is lower, in bytes of the frozen copy; each in a process of its own
+(Linux only). ``growth``: seconds of whole runs, everything counted, for 1, 5 and 10 % of 400 facts, two passes each.
+
+On a machine that other programs use, compare ``cpu_ratio`` (processor seconds) with ``ratio``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+# Run as a file, so the repository's root is not on the path; processes that are spawned come through here too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from editors.unlearning import get_unlearner
+from lab.handle import ModelHandle
+from lab.peak import STATUS, reset_peak, resident
+from lab.records import Fact, write_text_atomically
+from lab.tokens import join_target
+from tests.tiny import tiny_tokenizer
+
+BETA, RATE, DECAY = 0.1, 1e-5, 0.01
+ANSWER_WORDS = 20
+PEOPLE = ("Barack Obama", "Tim Cook", "France", "Japan", "Kenya", "Paris", "Tokyo", "Rome")
+OBJECTS = ("Paris", "Tokyo", "Rome", "Nairobi", "guitar", "piano", "city", "book")
+
+
+def model_handle() -> ModelHandle:
+    """GPT-2 with random weights; the small tokenizer's ids are a part of its vocabulary."""
+    torch.manual_seed(0)
+    model: Any = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0))
+    return ModelHandle.wrap(model, tiny_tokenizer(), name="gpt2-124m-random")
+
+
+def facts(count: int, word: str) -> list[Fact]:
+    """Facts of about the length of a question and an answer of one sentence, as in TOFU."""
+    found = []
+    for number in range(count):
+        subject = PEOPLE[number % len(PEOPLE)]
+        words = [OBJECTS[(number * 3 + place) % len(OBJECTS)] for place in range(ANSWER_WORDS)]
+        target = " ".join(words[: ANSWER_WORDS - number % 5])
+        prompt = f"The {word} that {{}} was known for in the city of number {number} is the"
+        found.append(Fact(subject, word, target, prompt, id=f"{word}/{number}"))
+    return found
+
+
+def rows(handle: ModelHandle, chosen: Sequence[Fact]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and labels, right-padded."""
+    split = [join_target(handle.tokenizer, fact.text, fact.object) for fact in chosen]
+    width = max(len(head) + len(tail) for head, tail in split)
+    ids = torch.full((len(split), width), handle.pad_id)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, (head, tail) in enumerate(split):
+        end = len(head) + len(tail)
+        ids[row, :end] = torch.tensor([*head, *tail])
+        labels[row, len(head) : end] = torch.tensor(tail)
+        mask[row, :end] = 1
+    return ids, mask, labels
+
+
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed loss of each row's answer."""
+    lost = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none"
+    )
+    return lost.sum(1)
+
+
+def plain(handle: ModelHandle, forget: Sequence[Fact], retain: Sequence[Fact], size: int, passes: int) -> int:
+    """The plain way; returns its updates."""
+    model: Any = handle.model
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    adam = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
+    updates = 0
+    for _ in range(passes):
+        for start in range(0, len(forget), size):
+            ids, mask, labels = rows(handle, forget[start : start + size])
+            kept_ids, kept_mask, kept_labels = rows(handle, retain[start : start + len(ids)])
+            now = summed(model(ids, attention_mask=mask).logits, labels)
+            with torch.no_grad():
+                before = summed(frozen(ids, attention_mask=mask).logits, labels)
+            away = -2 / BETA * torch.nn.functional.logsigmoid(BETA * (now - before)).mean()
+            loss = away + model(kept_ids, attention_mask=kept_mask, labels=kept_labels).loss
+            adam.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            updates += 1
+    return updates
+
+
+def ours(handle: ModelHandle, forget: Sequence[Fact], retain: Sequence[Fact], size: int, passes: int) -> int:
+    """``npo`` of the registry; returns its updates."""
+    unlearner = get_unlearner(
+        "npo",
+        lr=RATE,
+        beta=BETA,
+        weight_decay=DECAY,
+        epochs=passes,
+        batch_size=size,
+        stop_above=None,
+        stop_retain=None,
+        spill=True,
+    )
+    return unlearner.unlearn(handle, forget, retain).provenance.extra["updates"]
+
+
+WAYS: dict[str, Callable[..., int]] = {"plain": plain, "ours": ours}
+
+
+def timed(work: Callable[[], int]) -> tuple[float, float, int]:
+    """Wall seconds, processor seconds, updates."""
+    gc.collect()
+    wall, cpu = time.perf_counter(), time.process_time()
+    updates = work()
+    return time.perf_counter() - wall, time.process_time() - cpu, updates
+
+
+def per_update(which: str, count: int, size: int, passes: int) -> tuple[float, float]:
+    """Wall and processor seconds of one update: a long run less a short one, so that what is done once does not count.
+
+    What ours asks the untouched model is asked once, before the first update, whatever the number of passes; ``growth`` counts it.
+    """
+    handle = model_handle()
+    forget, retain = facts(count, "book"), facts(count, "city")
+    long = timed(lambda: WAYS[which](handle, forget, retain, size, passes))
+    handle = model_handle()
+    short = timed(lambda: WAYS[which](handle, forget[:size], retain[:size], size, 1))
+    more = long[2] - short[2]
+    return (long[0] - short[0]) / more, (long[1] - short[1]) / more
+
+
+def peak(which: str, size: int, threads: int) -> float:
+    """Peak resident bytes of two updates in a process of its own, above the loaded model."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (which, size, threads))
+
+
+def _peak(which: str, size: int, threads: int) -> float:
+    torch.set_num_threads(threads)
+    handle = model_handle()
+    forget, retain = facts(2 * size, "book"), facts(2 * size, "city")
+    gc.collect()
+    before = resident("VmRSS") or 0
+    if not reset_peak():
+        raise RuntimeError("the kernel does not let the peak of memory start anew")
+    WAYS[which](handle, forget, retain, size, 1)
+    return ((resident("VmHWM") or 0) - before) * 1024
+
+
+def measure(quick: bool, size: int) -> dict[str, Any]:
+    """All figures."""
+    repeats, passes = (1, 2) if quick else (3, 4)
+    found: dict[str, list[tuple[float, float]]] = {which: [] for which in WAYS}
+    per_update("ours", size, size, 2)
+    for _ in range(repeats):
+        for which in WAYS:
+            found[which].append(per_update(which, size, size, passes))
+    wall, cpu = (
+        {which: statistics.median(pair[place] for pair in pairs) for which, pairs in found.items()}
+        for place in (0, 1)
+    )
+    growth = {}
+    for share in () if quick else (1, 5, 10):
+        count = 4 * share
+        growth[f"{share} %"] = {
+            which: timed(
+                lambda which=which, count=count: WAYS[which](
+                    model_handle(), facts(count, "book"), facts(count, "city"), size, 2
+                )
+            )[0]
+            for which in WAYS
+        }
+    handle = model_handle()
+    copied = sum(p.numel() * p.element_size() for p in handle.model.parameters())
+    threads = torch.get_num_threads()
+    peaks = {which: peak(which, size, threads) for which in WAYS} if STATUS.is_file() else None
+    return {
+        "schema_version": 1,
+        "command": "unlearning_step",
+        "seed": 0,
+        "ratio": wall["plain"] / wall["ours"],
+        "cpu_ratio": cpu["plain"] / cpu["ours"],
+        "seconds_per_update": wall,
+        "cpu_seconds_per_update": cpu,
+        "saved_share": None if peaks is None else (peaks["plain"] - peaks["ours"]) / copied,
+        "peak_bytes": peaks,
+        "reference_bytes": copied,
+        "growth_seconds": growth,
+        "batch_size": size,
+        "row_tokens": int(rows(handle, facts(size, "book"))[0].shape[1]),
+        "parameters": sum(p.numel() for p in handle.model.parameters()),
+        "threads": threads,
+        "quick": quick,
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    """Parses options, measures, prints, writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="one repeat, fewer updates, no growth")
+    parser.add_argument("--threads", type=int, help="torch threads; torch's own choice without")
+    parser.add_argument("--batch-size", type=int, default=8)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    figures = measure(options.quick, options.batch_size)
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if options.json:
+        write_text_atomically(options.json, text + "\n")
+
+
+if __name__ == "__main__":
+    main()

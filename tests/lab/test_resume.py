@@ -1,0 +1,66 @@
+"""Rows held before a block: equal to full passes for every family, under patches that come while they are held."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from editors.keys import read_sites
+from editors.rows import EditRow
+from lab.arch import Role
+from lab.errors import ConfigError
+from lab.patch import LowRank, Provenance, WeightPatch
+from lab.resume import HeldRows
+from lab.trace import Site
+from tests.tiny import FAMILIES, tiny_handle
+
+ROWS = [[5, 9, 40, 7], [11, 3], [8, 2, 60, 31, 12, 4, 90]]
+
+
+def patch_of(handle, layer):
+    weight = handle.weight(Role.MLP_OUT, layer)
+    draw = torch.Generator().manual_seed(layer)
+    left, right = (
+        torch.randn(*size, generator=draw, dtype=handle.dtype)
+        for size in ((weight.shape[0], 1), (1, weight.shape[1]))
+    )
+    return WeightPatch(handle.fingerprint, {weight.name: LowRank(left, right)}, Provenance("made"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_held_rows_read_what_a_full_pass_reads(family):
+    handle = tiny_handle(family, dtype=torch.float64)
+    held = HeldRows(handle, ROWS, 1, 2, max_rows=2)
+    key, out = Site(Role.MLP_OUT, 2, "in"), Site(Role.BLOCK, 2)
+
+    def full():
+        rows = [EditRow(tuple(row), len(row) - 1, len(row) - 1) for row in ROWS]
+        return read_sites(handle, rows, [key, out], out)
+
+    plain = full()
+    for site, values in held.read([key, out], out).items():
+        assert torch.allclose(values, plain[site], atol=1e-10, rtol=0), site
+    with patch_of(handle, 1).applied(handle, mode="sidecar"):
+        changed = full()
+        assert float((changed[key] - plain[key]).abs().max()) > 1e-4
+        held.move_to(2)
+        for site, values in held.read([key, out], out).items():
+            assert torch.allclose(values, changed[site], atol=1e-10, rtol=0), site
+    assert held.layer == 2
+    # What was below when they moved stays in them.
+    assert torch.allclose(held.read([key], key)[key], changed[key], atol=1e-10, rtol=0)
+
+
+def test_held_rows_never_go_back_or_beyond():
+    handle = tiny_handle("llama")
+    held = HeldRows(handle, ROWS, 1, 2)
+    held.move_to(2)
+    for wrong in (
+        lambda: held.move_to(1),
+        lambda: HeldRows(handle, [], 0, 1),
+        lambda: HeldRows(handle, ROWS, 1, 3),
+    ):
+        with pytest.raises(ConfigError):
+            wrong()
+    with pytest.raises(ConfigError, match="not in blocks"):
+        held.read([Site(Role.BLOCK, 1)], Site(Role.BLOCK, 1))
