@@ -140,9 +140,11 @@ def reference_guard(loss: Sequence[str], weights: Sequence[float]) -> Any:
 
     class Guard(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-            if state.global_step != 1 or "rewards/chosen" not in (logs or {}):
+            # KTO's first batch may hold rows of one side only.
+            found = [(logs or {}).get(f"rewards/{side}") for side in ("chosen", "rejected")]
+            if state.global_step != 1 or found == [None, None]:
                 return
-            rewards = [float(logs["rewards/chosen"]), float(logs["rewards/rejected"])]
+            rewards = [0.0 if value is None else float(value) for value in found]
             off = max(map(abs, rewards))
             if tuple(loss) == ("sigmoid",) and tuple(weights) == (1.0,):
                 off = max(off, abs(float(logs["loss"]) - _FIRST_LOSS))
