@@ -330,3 +330,35 @@ def comparison(columns: Sequence[Column]) -> tuple[list[str], list[list[str]]]:
         *(line(f"lost: {group}", [column.lost.get(group) for column in columns]) for group in STAYS),
     ]
     return heads, [*above, *rows]
+
+
+def summary(columns: Sequence[Column]) -> tuple[list[str], list[list[Any]]]:
+    """Heads and rows: one line per entrant, with the attack that brings out the most."""
+    heads = [
+        "forgotten by",
+        "dose",
+        "matched",
+        "said",
+        "retain lost",
+        "neighbor lost",
+        "worst case",
+        "up to",
+        "by",
+    ]
+    rows: list[list[Any]] = []
+    for column in columns:
+        report = column.report
+        rows.append(
+            [
+                column.entrant,
+                column.dose,
+                "yes" if column.matched else f"no ({column.gap:+.3f})",
+                report.unattacked.get("facts"),
+                column.lost.get("retain"),
+                column.lost.get("neighbor"),
+                report.worst_case,
+                report.worst_case_high,
+                "–" if report.worst is None else report.worst.name,
+            ]
+        )
+    return heads, rows

@@ -147,7 +147,7 @@ def bench_audit(
         raise ConfigError(f"unknown budget {budget!r}; use small or full")
     if match not in ("prompt", "forms"):
         raise ConfigError(f"unknown way to match {match!r}; use prompt or forms")
-    from editors.audit_bench import AuditBench, AuditBenchOptions, comparison, entrants
+    from editors.audit_bench import AuditBench, AuditBenchOptions, comparison, entrants, summary
     from editors.unlearning.material import oracle_name
     from lab.audit.page import page
     from lab.audit.report import markdown, markdown_table
@@ -205,7 +205,8 @@ def bench_audit(
     }
     if columns:
         heads, rows = comparison(columns)
-        screen.print(table(f"Audits of {facts} on {model}: lift over the controls", heads, rows))
+        # A screen is too narrow for a column per entrant; the whole table is in the files.
+        screen.print(table(f"Audits of {facts} on {model}", *summary(columns)))
         reports = [column.report for column in columns]
         title = f"{facts} forgotten by {model}: dose, losses and lifts"
         write_text_atomically(out / "audit.html", page(reports, above=(title, heads, rows)))

@@ -267,7 +267,8 @@ def priming(subject: AuditSubject, plan: EffectPlan) -> Effect:
     handle = subject.base or subject.handle
     strangers = list(subject.controls.never)
     random.Random(f"effects:{subject.seed}:priming").shuffle(strangers)
-    texts = texts_of(strangers[: plan.texts], (*subject.retained, *subject.controls.never))
+    # Related beginnings that have an answer of their own leave no room for another.
+    texts = texts_of(strangers[: plan.texts], subject.controls.never)
     if len(texts) < 4:
         raise ConfigError("priming needs at least four never-trained facts with others of their relations")
     ordinary = [subject.sentence(fact) for fact in subject.retained]
