@@ -121,9 +121,8 @@ class HeldRows:
         parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
         with trace(self._handle, reads=tuple(sites), stop=stop) as recording, torch.no_grad():
             for chunk in self._chunks:
-                recording.call(
-                    lambda chunk=chunk: self._through(chunk, top + 1), tuple(chunk.hidden.shape[:2])
-                )
+                rows, length, _ = chunk.hidden.shape
+                recording.call(lambda chunk=chunk: self._through(chunk, top + 1), (rows, length))
                 lines = torch.arange(len(chunk.last), device=chunk.last.device)
                 for site in sites:
                     parts[site].append(recording[site][lines, chunk.last].to("cpu", torch.float64))
