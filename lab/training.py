@@ -219,12 +219,14 @@ def _kept_bits(parameters: Mapping[str, Tensor], spill: bool) -> Iterator[Callab
         yield remembered
         return
     with tempfile.TemporaryDirectory(prefix="knowlab-fit-") as folder:
-        files = {name: Path(folder) / f"{number}.pt" for number, name in enumerate(parameters)}
+        from safetensors.torch import load_file, save_file
+
+        files = {name: Path(folder) / f"{number}.safetensors" for number, name in enumerate(parameters)}
         for name, parameter in parameters.items():
-            torch.save(parameter.detach().clone(), files[name])
+            save_file({"bits": parameter.detach().contiguous()}, files[name])
 
         def read(name: str) -> Tensor:
-            return torch.load(files[name], map_location=parameters[name].device, weights_only=True)
+            return load_file(files[name], device=str(parameters[name].device))["bits"]
 
         yield read
 

@@ -86,7 +86,7 @@ def read_questions(file: str | Path) -> tuple[str, list[FileQuestion]]:
 
 def _text(row: Row, key: str) -> str:
     value = row.value.get(key)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.strip():
         raise DataError(f"field {key!r} must be a text, it is {value!r}", row.file, row.line)
     return " ".join(value.split())
 
@@ -101,6 +101,10 @@ def _texts(value: Any) -> list[str]:
 def rgb_question(row: Row, number: str) -> FileQuestion:
     """A row of RGB."""
     value = row.value
+    if not isinstance(value["positive"], list):
+        raise DataError(
+            f"field 'positive' must be a list of texts, it is {value['positive']!r}", row.file, row.line
+        )
     others = [*_texts(value.get("positive_wrong")), *_texts(value.get("negative"))]
     return FileQuestion(
         str(value.get("id", number)),

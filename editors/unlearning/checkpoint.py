@@ -1,24 +1,25 @@
 """Checkpoints of methods that train: an interrupted run goes on behind its last whole pass and gives the patch it would have given.
 
-A checkpoint is a folder with ``state.pt``: the trained weights, the optimiser, and what the procedure carries from pass to pass.
-Everything else (the plan, what the untouched model says) is made anew, from the same seed and the same model.
+A checkpoint is a folder with ``state.safetensors``: the trained weights, the optimiser, and what the procedure carries from pass
+to pass. Tensors lie in the file as they are; the lists, names and numbers around them are JSON in its head. Everything else (the
+plan, what the untouched model says) is made anew, from the same seed and the same model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lab.errors import ConfigError
+from lab.files import replacing
 
-FILE = "state.pt"
+FILE = "state.safetensors"
+_KIND = "$"
 
 
 class Checkpoint:
@@ -42,26 +43,31 @@ class Checkpoint:
         """
         if not self.file.is_file():
             return None
+        from safetensors import SafetensorError, safe_open
+
         try:
-            found = torch.load(self.file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
+            with safe_open(self.file, "pt") as file:
+                head = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            plain = json.loads(head["state"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ConfigError(f"the checkpoint {self.file} cannot be read ({error}); delete it") from None
-        if not isinstance(found, dict) or found.get("digest") != self.digest:
+        if head.get("digest") != self.digest:
             raise ConfigError(
                 f"the checkpoint {self.file} belongs to a run with another model, method, settings or facts; "
                 "give another folder, or delete it"
             )
-        return found
+        return _joined(plain, tensors)
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Replaces what is there, whole or not at all."""
+        from safetensors.torch import save_file
+
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.file.with_suffix(".tmp")
-        with beside.open("wb") as stream:
-            torch.save({**state, "digest": self.digest}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(self.file)
+        tensors: dict[str, Tensor] = {}
+        head = {"digest": self.digest, "state": json.dumps(_parted(dict(state), tensors))}
+        with replacing(self.file) as beside:
+            save_file(tensors, beside, head)
 
 
 def clear(folder: str | Path) -> None:
@@ -75,3 +81,32 @@ def clear(folder: str | Path) -> None:
 def copied(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of parameters on the CPU."""
     return {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+
+
+def _parted(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """``value`` with its tensors moved into ``tensors``, as JSON can hold it; keys of any plain type and tuples keep theirs."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {_KIND: "tensor", "name": name}
+    if isinstance(value, Mapping):
+        return {_KIND: "map", "items": [[key, _parted(each, tensors)] for key, each in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {_KIND: kind, "items": [_parted(each, tensors) for each in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint holds tensors and plain values, not {type(value).__name__}")
+
+
+def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Inverse of ``_parted``."""
+    if not isinstance(value, dict):
+        return value
+    kind = value[_KIND]
+    if kind == "tensor":
+        return tensors[value["name"]]
+    if kind == "map":
+        return {key: _joined(each, tensors) for key, each in value["items"]}
+    items = [_joined(each, tensors) for each in value["items"]]
+    return items if kind == "list" else tuple(items)

@@ -43,7 +43,10 @@ def test_a_false_answer_that_the_file_brings_is_taken(shared_data):
 
 
 BROKEN = {
-    "choice": ({"question_sentence": "Who?", "choices": ["a", "b"], "answer": ["7"]}, "place of one of 2"),
+    "choice": (
+        {"question_sentence": "Who?", "choices": ["a", "b"], "answer": ["7"]},
+        "names none of 2 choices",
+    ),
     "query": ({"query": " ", "positive": ["x"], "answer": "x"}, "'query'"),
     "documents": ({"query": "Who?", "positive": "x", "answer": "x"}, "'positive'"),
 }
