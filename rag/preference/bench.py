@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from rag.preference.tagged import hierarchy_rows, trust_rows
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
+    from rag.preference.train import Trained
     from rag.readers.base import Reader
 
 SUITES = ("trust", "hierarchy", "edits")
@@ -187,6 +188,7 @@ class PreferenceWorkshop:
         self.handle, self.bench, self.training, self.progress = handle, bench, training, progress
         self._contexts: dict[int, Dataset] = {}
         self._begun: dict[int, Mapping[str, Stage]] = {}
+        self._first: dict[int, Trained] = {}
 
     def run(self, way: str, seed: int) -> Record:
         """One cell: rows, metrics, seconds, and what was trained."""
@@ -268,9 +270,20 @@ class PreferenceWorkshop:
         if method in ("sft", "knowpo"):
             # The control and the ablations go on from the same pairs.
             self._begun[seed] = data.stages
+        first = None
         if method == "sft":
             data, training = equal_token_sft(self.handle, data, training)
-        trained = train_preference(self.handle, data, training, method=way, seed=seed, progress=self.progress)
+        elif method == "knowpo":
+            # The ablations differ in the second step only.
+            if seed not in self._first:
+                rows = replace(data, pairs=None)
+                self._first[seed] = train_preference(
+                    self.handle, rows, training, method=method, seed=seed, progress=self.progress
+                )
+            first = self._first[seed]
+        trained = train_preference(
+            self.handle, data, training, method=way, seed=seed, progress=self.progress, first=first
+        )
         stack.enter_context(trained.patch.applied(self.handle))
         return {
             "rows": {name: len(rows) for name, rows in (("sft", data.sft), ("pairs", data.pairs)) if rows},

@@ -113,6 +113,7 @@ def train_preference(
     work: str | Path | None = None,
     seed: int = 0,
     progress: Report | None = None,
+    first: Trained | None = None,
 ) -> Trained:
     """Trains an adapter on SFT rows, then on pairs; either may be absent. The model stays as it was.
 
@@ -124,6 +125,7 @@ def train_preference(
         work: Folder of checkpoints. A run that was interrupted goes on from there; a finished one leaves nothing to do again.
         seed: Of the adapter's start and the order of rows.
         progress: Told about every update.
+        first: What the SFT step made before on the same rows with the same settings and seed: it is not trained again.
 
     Raises:
         DataError: A row cannot be trained on, see ``check_rows``.
@@ -153,7 +155,11 @@ def train_preference(
         _claim(place, handle, chosen, config, seed)
         curves: dict[str, Curve] = {}
         patch: WeightPatch | None = None
+        if first is not None:
+            patch, curves = first.patch, dict(first.curves)
         for name, rows in chosen.items():
+            if name in curves:
+                continue
             run = _Step(handle, name, rows, lengths[name], config, place, seed, work is not None, progress)
             if patch is None:
                 patch, curves[name] = run.train(method)

@@ -82,6 +82,22 @@ def test_both_steps_make_one_patch_over_the_edited_model(tmp_path):
         save_bundle(tmp_path / "other", handle, trained.patch)
 
 
+def test_a_first_step_trained_before_gives_the_same_adapter():
+    handle, config = tiny_handle(), TrainConfig(**FEW)
+    whole = train_preference(handle, data(), config, seed=1)
+    first = train_preference(handle, TrainingData(data().sft, None, {}), config, seed=1)
+    again = train_preference(handle, data(), config, seed=1, first=first)
+    assert again.curves["sft"] == first.curves["sft"]
+    assert "dpo" in again.curves and "dpo" not in first.curves
+    batch = handle.encode([PAIRS[0]["prompt"]])
+    logits = []
+    for trained in (whole, again, first):
+        with trained.patch.applied(handle):
+            logits.append(handle.logits(batch))
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+
+
 def test_the_mixed_loss_keeps_the_guard_quiet_and_checkpointing_leaves_no_trace():
     handle = tiny_handle()
     before = handle.weights_digest()
