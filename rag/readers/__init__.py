@@ -13,7 +13,7 @@ READERS: Registry[type[Reader]] = Registry(
         "direct": "rag.readers.prompted:DirectReader",
         "faithful": "rag.readers.prompted:FaithfulReader",
         "con": "rag.readers.con:NotesReader",
-        "con_checked": "rag.readers.con:CheckedNotesReader",
+        "con_unchecked": "rag.readers.con:UncheckedNotesReader",
     },
     group="knowlab.readers",
 )

@@ -16,7 +16,7 @@ from rag.readers.prompted import DirectReader
 TOKENS_PER_NOTE = 40
 
 
-class NotesReader(Reader):
+class UncheckedNotesReader(Reader):
     """Notes that call each document direct, contextual or irrelevant, then the answer.
 
     Notes are decoded in one stream. A contrasting rule decodes the answer alone, after the finished notes and against the bare
@@ -24,7 +24,7 @@ class NotesReader(Reader):
     notes hold no answer is asked again without notes.
     """
 
-    title: ClassVar[str] = "a note on every document before the answer"
+    title: ClassVar[str] = "a note on every document before the answer, taken as it is written"
     paper: ClassVar[str] = "arXiv:2311.09210"
     cost: ClassVar[str] = "a note a document, then one answer"
 
@@ -84,8 +84,8 @@ class NotesReader(Reader):
         return Reading(question, written.answer, known, written.notes, raw)
 
 
-class CheckedNotesReader(NotesReader):
-    """Notes that are held against the question; what they discard is not read on.
+class NotesReader(UncheckedNotesReader):
+    """Notes that are held against the question; what they discard is not read on. The reader that is meant where nothing else is said.
 
     A model that has only read sets of documents with an answer among them calls one direct in every set. A note says whom its
     document is about, so one on somebody whom the question does not name is put right to irrelevant. Then the documents noted
@@ -93,9 +93,9 @@ class CheckedNotesReader(NotesReader):
     notes, which need not name their subject, stay as they are.
     """
 
-    title: ClassVar[str] = "notes that are held against the question, and only what they keep is read"
+    title: ClassVar[str] = "a note on every document before the answer; only what the notes keep is read"
     paper: ClassVar[str] = "arXiv:2311.09210; the check is ours"
-    cost: ClassVar[str] = "as con; once more where a note was put right, with fewer documents"
+    cost: ClassVar[str] = "as con_unchecked; once more where a note was put right, with fewer documents"
 
     def _with_notes(self, items: Sequence[Item]) -> list[Reading]:
         readings = super()._with_notes(items)

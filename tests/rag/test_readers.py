@@ -43,7 +43,7 @@ def share(readings, wanted) -> float:
 
 
 def test_the_table_of_readers():
-    assert READERS.names() == ("direct", "faithful", "con", "con_checked")
+    assert READERS.names() == ("direct", "faithful", "con", "con_unchecked")
     for name in READERS.names():
         kind = READERS.get(name)
         assert kind.title and kind.cost
@@ -115,7 +115,7 @@ def test_any_model_reads_and_empty_questions_are_refused():
         reader = READERS.get(name)(handle, get_rule("cad"), max_new_tokens=3)
         reading = reader.read("Where is Rome?", DOCUMENTS)
         assert reading.answer and reading.to_json()["answer"] == reading.answer
-        assert reading.fallback == (name in ("con", "con_checked"))
+        assert reading.fallback == (name in ("con", "con_unchecked"))
         with pytest.raises(RequestError, match="question 1 is empty"):
             reader.read_many([("Q?", []), (" ", [])])
 
@@ -170,7 +170,7 @@ def test_a_note_on_somebody_else_is_put_right(model):
 def test_checked_notes_let_go_of_documents_on_others(model):
     world = load_world()
     asked = atlas_questions(world, COUNT, seed=5)
-    plain, checked = (READERS.get(name)(model) for name in ("con", "con_checked"))
+    plain, checked = (READERS.get(name)(model) for name in ("con_unchecked", "con"))
     checked.drafts = plain.drafts = {}
     items = [(one.question, one.passages) for one in asked["noisy"]]
     known = [one.answers[0] for one in asked["noisy"]]
