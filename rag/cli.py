@@ -1,10 +1,19 @@
-"""Commands that answer with documents: ``rag``, ``ledger``, ``guard``, ``serve``, ``train`` and ``bench preference``."""
+"""Commands that answer with documents: ``rag``, ``ledger``, ``guard``, ``serve``, ``train``, ``bench preference`` and ``bench notes``."""
 
 from __future__ import annotations
 
 import typer
 
-from rag import cli_ask, cli_bench, cli_eval, cli_guard, cli_ledger, cli_preference, index_cli
+from rag import (
+    cli_ask,
+    cli_bench,
+    cli_bench_notes,
+    cli_eval,
+    cli_guard,
+    cli_ledger,
+    cli_preference,
+    index_cli,
+)
 
 app = typer.Typer()
 rag_app = typer.Typer(
@@ -17,3 +26,4 @@ app.add_typer(cli_ledger.app)
 app.add_typer(cli_guard.app)
 app.add_typer(cli_preference.app)
 app.add_typer(cli_bench.app)
+app.add_typer(cli_bench_notes.app)

@@ -177,7 +177,7 @@ def bench_preference(
         samples=samples,
         adapters=adapters,
     )
-    training = {**_settings(settings), "max_steps": max_steps}
+    training = {**training_settings(settings), "max_steps": max_steps}
     handle = open_model(model, patch, device=device, dtype=dtype)
     if edits:
         _edited(handle, editor, edits, seeds[0], out / "edits")
@@ -227,7 +227,12 @@ def _edited(handle: ModelHandle, method: str, count: int, seed: int, folder: Pat
     load_saved(place).apply(handle)
 
 
-def _settings(words: list[str] | None) -> dict[str, Any]:
+def training_settings(words: list[str] | None) -> dict[str, Any]:
+    """Settings of training from ``NAME=VALUE`` words.
+
+    Raises:
+        ConfigError: A word is not of this form.
+    """
     found: dict[str, Any] = {}
     for word in words or ():
         name, equals, text = word.partition("=")

@@ -29,8 +29,8 @@ _HELP = """Measure how readers and decoding rules choose between memory and docu
 Without --data, facts of the built-in world are asked with a document that agrees, contradicts, is irrelevant, with none, and with
 several that contradict; noisy (three documents about others) and unanswerable (a name that nobody has) are asked where
 --conditions names them. With --data, the questions of a published file (RGB, ConflictQA, RealTimeQA, PopQA, NQ, CoConflictQA,
-NQ-Synth) are asked without documents and with what retrieval finds among all documents of the file. Writes eval.json and
-eval.html into --out; finished cells are kept in --out/cells, and the same command goes on where it was interrupted.
+NQ-Synth) are asked without documents and with what retrieval finds among all documents of the file and of --documents. Writes eval.json
+and eval.html into --out; finished cells are kept in --out/cells, and the same command goes on where it was interrupted.
 
 Examples:
 
@@ -39,6 +39,8 @@ Examples:
     knowlab rag eval --dial --conditions contradict --readers direct --decodings greedy --limit 20 --out results/dial
 
     knowlab rag eval --data rgb/en_fact.jsonl --limit 20 --readers direct --decodings greedy --out results/rgb
+
+    knowlab rag eval --data popqa.jsonl --documents articles --limit 20 --readers direct,con --decodings greedy
 """
 
 
@@ -81,6 +83,15 @@ def evaluate(
         bool,
         typer.Option("--dial", help="Also turn the dial of ck_plug from 0 to 1.", rich_help_panel=PANEL),
     ] = False,
+    documents: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--documents",
+            help="With --data: a folder, a file of questions or of search results whose documents are looked through too; repeatable.",
+            rich_help_panel=PANEL,
+            show_default=False,
+        ),
+    ] = None,
     k: Annotated[
         int, typer.Option("--k", min=1, help="With --data: chunks that are read.", rich_help_panel=PANEL)
     ] = 3,
@@ -122,13 +133,16 @@ def evaluate(
     from lab.records import write_text_atomically
     from rag import evaluation, evaluation_report
     from rag.decoding import DECODERS
-    from rag.questions import read_questions, says
+    from rag.questions import documents_of, read_documents, read_questions, says
     from rag.readers import READERS
+    from rag.retrieval import pool_name
 
     if not (out / CELLS).is_dir():
         check_out(out, force)
     if data is not None and dial:
         raise ConfigError("--dial needs documents that contradict, which only the built-in world has here")
+    if data is None and documents:
+        raise ConfigError("--documents needs --data: questions about the built-in world come with their own")
     known = evaluation.CONDITIONS if data is None else FILE_CONDITIONS
     asked_conditions = opt.comma_list(conditions) if conditions is not None else list(known)
     evaluation.check_conditions(asked_conditions, (*known, *evaluation.FURTHER) if data is None else known)
@@ -137,6 +151,11 @@ def evaluate(
     cells = evaluation.plan(asked_conditions, chosen, rules)
     dialled = evaluation.dial_cells(chosen) if dial else []
     form, asked_of = ("atlas", None) if data is None else read_questions(data)
+    texts = [
+        *(documents_of(asked_of) if asked_of else ()),
+        *(text for one in documents or () for text in read_documents(one)),
+    ]
+    pool = list(dict.fromkeys(texts))
     handle = open_model(model, patch, device=device, dtype=dtype, quantize=quantize)
     retrieval: dict[str, Any] = {}
     with progress() as advance:
@@ -144,12 +163,12 @@ def evaluate(
             questions = _of_the_world(limit, seed)
         else:
             questions, retrieval = _of_a_file(
-                handle, asked_of, limit, seed, out / "index", embeddings, k, max_new_tokens, advance
+                handle, asked_of, pool, limit, seed, out / "index", embeddings, k, max_new_tokens, advance
             )
         settings = {
             "source": form
             if data is None
-            else [form, str(data.resolve()), data.stat().st_size, embeddings, k],
+            else [form, str(data.resolve()), data.stat().st_size, embeddings, k, pool_name(pool)],
             "limit": limit,
             "seed": seed,
             "model": handle.fingerprint,
@@ -245,6 +264,7 @@ def _of_the_world(limit: int | None, seed: int) -> Mapping[str, Sequence[Asked]]
 def _of_a_file(
     handle: ModelHandle,
     all_of: Sequence[FileQuestion],
+    pool: Sequence[str],
     limit: int | None,
     seed: int,
     place: Path,
@@ -253,7 +273,7 @@ def _of_a_file(
     max_new_tokens: int,
     advance: Callable[[str, int, int], None],
 ) -> tuple[Mapping[str, Sequence[Asked]], dict[str, Any]]:
-    """Questions drawn from a file, with what retrieval finds among the documents of all its questions; and how well it does."""
+    """Questions drawn from a file, with what retrieval finds among the documents; and how well it does."""
     import random
 
     from rag import retrieval
@@ -261,11 +281,11 @@ def _of_a_file(
     from rag.readers import READERS
 
     drawn = random.Random(seed).sample(list(all_of), min(limit or len(all_of), len(all_of)))
-    if not any(one.relevant or one.others for one in all_of):
+    if not pool:
         # A file of questions alone has nothing to index.
         return retrieval.as_asked(drawn, [[] for _ in drawn], k, lambda *_: True), {}
-    with open_index(place / retrieval.pool_name(all_of), embeddings=embeddings, write=True) as index:
-        chunks = retrieval.bring_in(index, all_of, advance)
+    with open_index(place / retrieval.pool_name(pool), embeddings=embeddings, write=True) as index:
+        chunks = retrieval.bring_in(index, pool, advance)
         hits = [index.search(one.question, retrieval.DEPTH) for one in drawn]
     fits = retrieval.room_for([READERS.get("direct")(handle, max_new_tokens=max_new_tokens)])
     questions = retrieval.as_asked(drawn, hits, k, fits)

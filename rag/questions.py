@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
@@ -22,12 +22,15 @@ from rag.preference.match import says
 __all__ = [
     "FileQuestion",
     "conflictqa_question",
+    "documents_of",
+    "read_documents",
     "read_questions",
     "realtimeqa_question",
     "rgb_question",
     "says",
 ]
 
+_SEARCHED = frozenset({"question_id", "search_result"})
 _TAG = re.compile(r"<[^>]*>")
 _YES = {"True": ("True", "yes"), "False": ("False", "no")}
 
@@ -82,6 +85,45 @@ def read_questions(file: str | Path) -> tuple[str, list[FileQuestion]]:
     if not made:
         raise DataError("no row has a question and an answer", file)
     return name, made
+
+
+def documents_of(questions: Iterable[FileQuestion]) -> list[str]:
+    """All documents that some questions bring along, each once."""
+    return list(dict.fromkeys(text for one in questions for text in (*one.relevant, *one.others)))
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """Documents to look answers up in: of a folder, of a file of questions, or of the search results that RealTimeQA publishes.
+
+    Raises:
+        DataError: The file is of no known format, a row breaks its schema, or there is no document; names file and line.
+    """
+    if Path(path).is_dir():
+        from rag.index.load import read_folder
+
+        found = [document.text for document in read_folder(path).documents]
+    else:
+        rows = read_rows(path)
+        if rows[0].error is None and set(rows[0].value) >= _SEARCHED:
+            found = [text for row in rows for text in _searched(row)]
+        else:
+            found = documents_of(read_questions(path)[1])
+    if not found:
+        raise DataError("it holds no document", path)
+    return list(dict.fromkeys(found))
+
+
+def _searched(row: Row) -> list[str]:
+    if row.error is not None:
+        raise row.error
+    results = row.value.get("search_result")
+    if not isinstance(results, list) or any(not isinstance(one, dict) for one in results):
+        raise DataError("field 'search_result' must be a list of documents", row.file, row.line)
+    return [
+        " ".join(one["text"].split())
+        for one in results
+        if isinstance(one.get("text"), str) and one["text"].strip()
+    ]
 
 
 def _text(row: Row, key: str) -> str:

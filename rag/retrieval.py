@@ -9,6 +9,7 @@ from lab.eval.stats import Estimate, summarise
 from lab.records import Passage
 from rag.evaluation import Asked
 from rag.metrics import hit_at_k, recall_at_k, reciprocal_rank
+from rag.preference.match import says
 from rag.questions import FileQuestion
 from rag.store import DocumentStore, Retrieved, chunk_id
 
@@ -24,25 +25,23 @@ def document_of(text: str) -> str:
     return chunk_id("question-file", text)
 
 
-def pool_name(questions: Sequence[FileQuestion]) -> str:
-    """A name for the documents of all questions: other documents have another one."""
-    texts = dict.fromkeys(text for one in questions for text in (*one.relevant, *one.others))
+def pool_name(texts: Sequence[str]) -> str:
+    """A name for some documents: others have another one."""
     return chunk_id("pool", "\n".join(map(document_of, texts)))[:12]
 
 
 def bring_in(
     store: DocumentStore,
-    questions: Sequence[FileQuestion],
+    texts: Sequence[str],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> int:
-    """Puts the documents of all questions into a store, cut as any document is; returns how many chunks that are.
+    """Puts documents into a store, cut as any document is; returns how many chunks that are.
 
     Documents already there are neither written nor embedded again.
     """
     from rag.index.ingest import cut
     from rag.index.load import Document
 
-    texts = dict.fromkeys(text for one in questions for text in (*one.relevant, *one.others))
     chunks = [chunk for text in texts for chunk in cut(Document(document_of(text), text, "text"))]
     held = {chunk.id for chunk in store.chunks()}
     new = [chunk for chunk in chunks if chunk.id not in held]
@@ -61,7 +60,11 @@ def ranked_documents(found: Sequence[Retrieved]) -> list[str]:
 def retrieval_figures(
     questions: Sequence[FileQuestion], found: Sequence[Sequence[Retrieved]]
 ) -> dict[str, Estimate]:
-    """``recall@k``, ``hit@k`` and ``mrr`` over the questions that have relevant documents, among the first ``DEPTH`` chunks."""
+    """How well documents were found, among the first ``DEPTH`` chunks.
+
+    ``recall@k``, ``hit@k`` and ``mrr`` are over the questions that have relevant documents. ``answer@k`` is over all: the share of
+    questions an answer to which stands in one of the first ``k`` chunks, by which open question answering judges retrieval.
+    """
     ranked = [ranked_documents(hits) for hits in found]
     wanted = [[document_of(text) for text in one.relevant] for one in questions]
     values: dict[str, list[float | None]] = {}
@@ -69,6 +72,10 @@ def retrieval_figures(
         pairs = list(zip(ranked, wanted, strict=True))
         values[f"recall@{k}"] = [recall_at_k(row, relevant, k) for row, relevant in pairs]
         values[f"hit@{k}"] = [hit_at_k(row, relevant, k) for row, relevant in pairs]
+        values[f"answer@{k}"] = [
+            float(any(says(hit.chunk.text, one.answers) for hit in hits[:k]))
+            for one, hits in zip(questions, found, strict=True)
+        ]
     values["mrr"] = [reciprocal_rank(row, relevant) for row, relevant in zip(ranked, wanted, strict=True)]
     return {name: summarise([value for value in row if value is not None]) for name, row in values.items()}
 

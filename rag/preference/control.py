@@ -39,9 +39,9 @@ def equal_token_sft(
     chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
     mixed = [{name: row[name] for name in ("prompt", "completion")} for row in rows] + chosen
     tokenizer = handle.tokenizer
-    first = _tokens(tokenizer, rows, ("completion",))
-    second = _tokens(tokenizer, pairs, ("chosen", "rejected"))
-    once = first + _tokens(tokenizer, chosen, ("completion",))
+    first = trained_tokens(tokenizer, rows, ("completion",))
+    second = trained_tokens(tokenizer, pairs, ("chosen", "rejected"))
+    once = first + trained_tokens(tokenizer, chosen, ("completion",))
     wanted = first * config.sft_epochs + second * config.dpo_epochs
     epochs = wanted / once if once else config.sft_epochs
     made = finish("equal_tokens", len(rows) + len(pairs), mixed, tokens=round(wanted), epochs=epochs)
@@ -50,7 +50,8 @@ def equal_token_sft(
     )
 
 
-def _tokens(
+def trained_tokens(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]], fields: Sequence[str]
 ) -> int:
+    """Tokens of one pass over rows: the prompt and, for each of ``fields``, what follows it."""
     return sum(len(encode_ids(tokenizer, row["prompt"] + row[field])) for row in rows for field in fields)

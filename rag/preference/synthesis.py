@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 from typing import TYPE_CHECKING
 
+from lab.errors import ConfigError
 from lab.records import Passage, Trust
 from rag.notes import ReadingNote, render_notes
 from rag.preference.match import same, same_as_any
@@ -190,7 +192,7 @@ def assumed(prompts: Prompts, question: str, documents: Sequence[str], assumptio
     return prompts.direct(asked, passages) if passages else prompts.closed(asked)
 
 
-def note_rows(handle: ModelHandle, data: Dataset) -> Stage:
+def note_rows(handle: ModelHandle, data: Dataset, *, share: float = 0.5) -> Stage:
     """Reading notes and the answer after them (Chain-of-Note, arXiv:2311.09210), half of them; the answer alone, the others.
 
     The mixture is the paper's hybrid training. A note says what its document says: ``direct`` where it answers, ``contextual``
@@ -199,10 +201,16 @@ def note_rows(handle: ModelHandle, data: Dataset) -> Stage:
     Args:
         handle: Gives the prompts.
         data: Contexts with memory and ``prompt``.
+        share: Part of the rows that take notes; none for the reader that notes are measured against.
+
+    Raises:
+        ConfigError: ``share`` is no share.
 
     Adds:
         ``prompt``, ``completion``, ``cell`` (``notes`` or ``answer``).
     """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"the share of rows with notes lies between 0 and 1, it is {share}")
     prompts, rows = prompts_for(handle), records(data)
     shelf = {row["passage"]: row for row in rows}
     made: list[Record] = []
@@ -213,7 +221,7 @@ def note_rows(handle: ModelHandle, data: Dataset) -> Stage:
             dropped["memory is unsure"] += 1
             continue
         kept, stop = {key: row[key] for key in _KEPT}, prompts.stop[0]
-        if len(made) % 2:
+        if ceil((len(made) + 1) * share) == ceil(len(made) * share):
             made.append(kept | {"prompt": row["prompt"], "completion": f" {answer}{stop}", "cell": "answer"})
             continue
         notes = [
@@ -226,7 +234,7 @@ def note_rows(handle: ModelHandle, data: Dataset) -> Stage:
         prompt = prompts.notes(row["question"], passages)
         completion = _written(prompts, [note for note in notes if note is not None], answer, row["question"])
         made.append(kept | {"prompt": prompt, "completion": completion, "cell": "notes"})
-    return finish("notes", len(rows), made, dropped)
+    return finish("notes", len(rows), made, dropped, share=share)
 
 
 def _answer(prompts: Prompts, row: Record) -> str | None:

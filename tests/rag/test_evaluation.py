@@ -17,7 +17,7 @@ from rag.decoding import get_rule
 from rag.evaluation import CONDITIONS, DIAL, FURTHER, Cell, atlas_questions, figures, gain, never_falls, plan
 from rag.evaluation_report import gains
 from rag.ledger.conflicts import mentions
-from rag.questions import FileQuestion, read_questions, says
+from rag.questions import FileQuestion, documents_of, read_documents, read_questions, says
 from rag.retrieval import as_asked, bring_in, document_of, retrieval_figures
 from rag.store import Chunk, MemoryStore, Retrieved
 from tests.commands import call, result
@@ -212,6 +212,19 @@ def test_a_question_of_nq_synth_that_comes_without_its_document_is_left_out(tmp_
     assert [one.relevant for one in found] == [("Ann wrote it .",)]
 
 
+def test_documents_come_from_search_results_and_folders(tmp_path):
+    row = {
+        "question_id": "1",
+        "search_time": "x",
+        "search_result": [{"doc_id": "7", "text": " Ann  did. "}, {"text": ""}],
+    }
+    assert read_documents(write(tmp_path / "dpr.jsonl", [row, row])) == ["Ann did."]
+    with pytest.raises(DataError, match=r"bad\.jsonl.*2.*search_result"):
+        read_documents(write(tmp_path / "bad.jsonl", [row, row | {"search_result": "Ann"}]))
+    with pytest.raises(DataError, match="no document"):
+        read_documents(write(tmp_path / "alone.jsonl", [{"question": "Who?", "answers": ["Ann"]}]))
+
+
 def test_files_that_are_none_of_these_and_broken_rows_are_named(tmp_path):
     with pytest.raises(DataError, match="no known format"):
         read_questions(write(tmp_path / "a.jsonl", [{"x": 1}]))
@@ -231,9 +244,10 @@ def test_retrieval_figures_count_documents_not_chunks():
 
     found = retrieval_figures(questions, [hits("noise", "noise", "two", "one"), hits("one")])
     assert (found["recall@1"].mean, found["recall@3"].mean, found["mrr"].mean) == (0.0, 1.0, 0.5)
+    assert (found["answer@3"].mean, found["answer@3"].n) == (0.0, 2)
     assert found["mrr"].n == 1  # nothing is relevant to the second
     store = MemoryStore()
-    assert bring_in(store, questions) == bring_in(store, questions) == 2
+    assert bring_in(store, documents_of(questions)) == bring_in(store, ["one", "two"]) == 2
     asked = as_asked(questions, [hits("a", "b", "c"), []], 2, lambda _, passages: len(passages) < 2)
     assert [len(one.passages) for one in asked["retrieved"]] == [1, 0]
 
@@ -273,5 +287,10 @@ def test_a_file_is_indexed_and_asked_end_to_end(shipped_atlas, capsys, tmp_path)
         tmp_path / "o",
     ]
     assert result(capsys, tmp_path, *bare)["retrieval"] == {}
+    (tmp_path / "told").mkdir()
+    (tmp_path / "told" / "who.txt").write_text("It was Ann.", encoding="utf-8")
+    told = result(capsys, tmp_path, *bare, "--documents", tmp_path / "told", "--documents", file)["retrieval"]
+    assert told["chunks"] == 8 and told["figures"]["answer@10"]["mean"] == 1
+    assert told["figures"]["recall@1"]["mean"] is None
     code, _, err = call(capsys, *bare, "--dial")
     assert code == 2 and "contradict" in err
