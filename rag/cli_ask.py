@@ -141,8 +141,9 @@ def ask(
     if said["notes"]:
         rows = [(note["document"], note["kind"], note["text"]) for note in said["notes"]]
         out.print(table("Notes", ("document", "kind", "note"), rows))
+    names = {passage["id"]: passage["source"] for passage in said["passages"]}
     voices = [
-        (voice["source"], voice["answer"], voice["confidence"], voice["trust"])
+        (names.get(voice["source"]) or voice["source"], voice["answer"], voice["confidence"], voice["trust"])
         for voice in (verdict["memory"], *verdict["context"])
     ]
     if verdict["ledger"]:

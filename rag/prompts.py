@@ -38,12 +38,14 @@ class Prompts(ABC):
         stop: What ends an answer.
         note_stop: What ends notes with their answer.
         chat_stop: What ends a turn of a conversation.
+        notes_have_fields: Whether notes are worded so that their subject and what they report can be read back.
     """
 
     unknown: str
     stop: tuple[str, ...]
     note_stop: tuple[str, ...]
     chat_stop: tuple[str, ...]
+    notes_have_fields: bool = False
 
     @abstractmethod
     def chat(self, turns: Sequence[tuple[str, str]]) -> str:
@@ -88,10 +90,13 @@ class Prompts(ABC):
     def claim(self, note: ReadingNote) -> str | None:
         """The answer that a note reports, where its wording shows it."""
 
-    def checked(self, question: str, generated: str) -> tuple[ReadingNote, ...] | None:
+    def checked(
+        self, question: str, generated: str, passages: Sequence[Passage]
+    ) -> tuple[ReadingNote, ...] | None:
         """The notes of ``generated``, in their order, with those put right that call a document on somebody else direct or contextual.
 
-        A note has to name its subject to be held against the question; ``None`` where nothing is to be put right.
+        A note has to name its subject to be held against the question, and a document has to name it too: a subject that stands
+        in neither is a slip of the pen and tells nothing. ``None`` where nothing is to be put right.
         """
         return None
 
@@ -102,6 +107,8 @@ class Prompts(ABC):
 
 class FormatPrompts(Prompts):
     """Prompts in the format that the model was trained on."""
+
+    notes_have_fields = True
 
     def __init__(self, format: Format) -> None:
         self.format = format
@@ -153,14 +160,20 @@ class FormatPrompts(Prompts):
         """See ``Prompts``."""
         return self.format.note_fields(Note(note.kind, note.text)).get("object")
 
-    def checked(self, question: str, generated: str) -> tuple[ReadingNote, ...] | None:
+    def checked(
+        self, question: str, generated: str, passages: Sequence[Passage]
+    ) -> tuple[ReadingNote, ...] | None:
         """See ``Prompts``."""
         from rag.ledger.conflicts import mentions
 
         notes, _ = self.format.parse_notes(generated)
+        read = "\n".join(passage.text for passage in passages)
         right = [
             replace(note, kind="irrelevant")
-            if note.kind != "irrelevant" and subject and not mentions(question, (subject,))
+            if note.kind != "irrelevant"
+            and subject
+            and mentions(read, (subject,))
+            and not mentions(question, (subject,))
             else note
             for note in notes
             for subject in [self.format.note_fields(note).get("subject", "")]

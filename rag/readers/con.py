@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from lab.records import Passage
 from rag.decoding import contrast_generate
 from rag.decoding.rules import Greedy
 from rag.notes import ReadingNote, Written
@@ -90,7 +91,8 @@ class NotesReader(UncheckedNotesReader):
     A model that has only read sets of documents with an answer among them calls one direct in every set. A note says whom its
     document is about, so one on somebody whom the question does not name is put right to irrelevant. Then the documents noted
     irrelevant are left out and the others are noted again; where none is left, the question is asked without documents. Free
-    notes, which need not name their subject, stay as they are.
+    notes, which need not name their subject, stay as they are. Where there is not one note for
+    each document, notes are taken on each document alone.
     """
 
     title: ClassVar[str] = "a note on every document before the answer; only what the notes keep is read"
@@ -99,12 +101,31 @@ class NotesReader(UncheckedNotesReader):
 
     def _with_notes(self, items: Sequence[Item]) -> list[Reading]:
         readings = super()._with_notes(items)
-        left: dict[int, tuple[list[int], list[ReadingNote]]] = {}
-        for index, (reading, (question, passages)) in enumerate(zip(readings, items, strict=True)):
-            notes = (self.prompts.checked(question, reading.raw) or ())[: len(passages)]
-            gone = [
-                replace(note, document=at) for at, note in enumerate(notes, 1) if note.kind == "irrelevant"
+        found = [
+            self._judged(question, reading, passages)
+            for reading, (question, passages) in zip(readings, items, strict=True)
+        ]
+        # Below more documents than a model was trained on, notes break off or leave some out. They are taken on each alone then;
+        # free notes of a model that did not keep to the form would be no ground to let a document go.
+        broken = [
+            at
+            for at, (reading, (_, passages)) in enumerate(zip(readings, items, strict=True))
+            if self.prompts.notes_have_fields
+            and len(passages) > 1
+            and not (reading.answer and len(reading.notes) == len(passages))
+        ]
+        alone = [(items[at][0], (passage,)) for at in broken for passage in items[at][1]]
+        said = iter(zip(alone, super()._with_notes(alone), strict=True) if alone else ())
+        for at in broken:
+            each = [next(said) for _ in items[at][1]]
+            found[at] = [
+                replace(note, document=number)
+                for number, ((question, passages), reading) in enumerate(each, start=1)
+                for note in (self._judged(question, reading, passages) or reading.notes)[:1]
             ]
+        left: dict[int, tuple[list[int], list[ReadingNote]]] = {}
+        for index, (_, passages) in enumerate(items):
+            gone = [note for note in found[index] if note.kind == "irrelevant" and note.document]
             if gone:
                 dropped = {note.document for note in gone}
                 left[index] = ([at for at in range(1, len(passages) + 1) if at not in dropped], gone)
@@ -122,3 +143,8 @@ class NotesReader(UncheckedNotesReader):
             notes = sorted([*gone, *others], key=lambda note: note.document or 0)
             readings[index] = replace(reading, notes=tuple(notes), raw=readings[index].raw)
         return readings
+
+    def _judged(self, question: str, reading: Reading, passages: Sequence[Passage]) -> list[ReadingNote]:
+        """The notes of a reading, put right and numbered, where any of them has to be; none otherwise."""
+        notes = (self.prompts.checked(question, reading.raw, passages) or ())[: len(passages)]
+        return [replace(note, document=at) for at, note in enumerate(notes, start=1)]

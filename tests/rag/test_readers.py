@@ -160,11 +160,19 @@ def test_a_note_on_somebody_else_is_put_right(model):
     prompts = prompts_for(model)
     question = "What is the home country of Vespira Sandervik?"
     wrong = " 1 Ardwin Castermon, home country: Peru (direct); 2 Vespira Sandervik, home country: Chad (direct). Answer: Peru"
-    found = prompts.checked(question, wrong)
+    read = [
+        Passage("", "The home country of Ardwin Castermon is Peru."),
+        Passage("", "Vespira Sandervik is from Chad."),
+    ]
+    found = prompts.checked(question, wrong, read)
     assert [(note.document, note.kind) for note in found] == [(1, "irrelevant"), (2, "direct")]
     right = wrong.replace("Peru (direct)", "Peru (irrelevant)")
-    assert prompts.checked(question, right) is None and prompts.checked(question, "no note") is None
-    assert PlainPrompts(model.tokenizer).checked(question, wrong) is None
+    assert (
+        prompts.checked(question, right, read) is None and prompts.checked(question, "no note", read) is None
+    )
+    # A subject that no document names is a slip.
+    assert prompts.checked(question, wrong, read[1:]) is None
+    assert PlainPrompts(model.tokenizer).checked(question, wrong, read) is None
 
 
 def test_checked_notes_let_go_of_documents_on_others(model):
@@ -181,6 +189,20 @@ def test_checked_notes_let_go_of_documents_on_others(model):
     # Where the document is about the subject, nothing is put right.
     told = [(one.question, one.passages) for one in asked["contradict"]]
     assert checked.read_many(told) == plain.read_many(told)
+
+
+def test_more_documents_than_notes_were_learnt_on_are_noted_one_by_one(model):
+    told = ("The capital of France is Rome.", "The capital of Italy is Rome. The capital of Spain is Madrid.",
+            "The capital of Japan is Tokyo.", "The capital of Peru is Lima.", "The capital of Chad is N'Djamena.")  # fmt: skip
+    passages = [Passage(str(number), text) for number, text in enumerate(told)]
+    question = "What is the capital of France?"
+    plain, checked = (READERS.get(name)(model).read(question, passages) for name in ("con_unchecked", "con"))
+    assert len(plain.notes) < 5 and plain.answer not in ("Rome", "Paris")
+    assert not checked.fallback and [note.document for note in checked.notes] == [1, 2, 3, 4, 5]
+    assert [note.kind for note in checked.notes] == ["direct", *["irrelevant"] * 4]
+    elsewhere = "What is the capital of Kenya?"
+    noise, alone = (READERS.get("con")(model).read(elsewhere, given) for given in (passages, []))
+    assert {note.kind for note in noise.notes} == {"irrelevant"} and noise.answer == alone.answer == "Nairobi"
 
 
 def test_a_question_of_a_million_characters_is_refused_in_words(model):
