@@ -32,8 +32,8 @@ PLAIN = "direct"
 # Reader to the arms whose gain it is measured by: trained against trained, untrained against untrained.
 ARMS: Mapping[str, tuple[str, ...]] = {"base": READERS, "answers": (PLAIN,), "notes": READERS}
 AGAINST: Mapping[str, str] = {"base": "base", "notes": "answers"}
-# Atlas reads three documents at most.
-_DOCUMENTS = 3
+# Atlas reads three documents at most. All of them may be about the same attribute of others: telling those apart is what is learnt.
+_CONTEXTS: Mapping[str, Any] = {"documents": 3, "hard": 1.0, "most_hard": 3}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def notes_data(
     text = " ".join(one.question for one in asked)
     free = [row for row in records(items.data) if not row["title"] or row["title"] not in text]
     items = finish("free", len(items.data), free)
-    stages = prepare(handle, items, documents=_DOCUMENTS, most_hard=_DOCUMENTS, samples=bench.samples, seed=seed)  # fmt: skip
+    stages = prepare(handle, items, samples=bench.samples, seed=seed, **_CONTEXTS)  # fmt: skip
     stages["reading"] = read_contexts(handle, stages["contexts"].data, skip=("all",))
     made = {}
     for arm, share in (("answers", 0.0), ("notes", 0.5)):
