@@ -17,14 +17,16 @@ _LISTED = 4
 # Rows of the trainer are short: texts beyond this many characters would be cut.
 _LONGEST_LEAD = 160
 _LONGEST_TEXT = 330
-_LIST_RATE, _LEAD_RATE, _FORM_RATE = 0.25, 0.5, 0.3
+_LIST_RATE, _LEAD_RATE, _FORM_RATE, _NAME_RATE = 0.25, 0.5, 0.3, 0.15
+_LONGEST_NAME = 80
 
 
 class BedCorpus:
     """Texts that teach the facts of a plan.
 
     One text holds one to four facts in random order, each in a random wording, half of the time behind an unrelated lead; or a
-    list of what is known about one subject. Facts are drawn without replacement, those of edits more often.
+    list of what is known about one subject; or names that edits will bring, said over about nothing. Facts are drawn without
+    replacement, those of edits more often.
 
     Args:
         plan: What to teach.
@@ -60,8 +62,12 @@ class BedCorpus:
         phrases = load_phrases()
         leads = [lead for lead in self.plan.leads if len(lead) <= _LONGEST_LEAD]
         subjects = Cycle([fact.key[0] for fact in facts if fact.listed] or [""], rng)
+        names = [name for name in self.plan.names if len(name) <= _LONGEST_NAME]
+        said = Cycle(names or [""], rng)
         while True:
-            if self.by_subject and rng.random() < _LIST_RATE:
+            if names and rng.random() < _NAME_RATE:
+                yield self._said_over(said, phrases, rng)
+            elif self.by_subject and rng.random() < _LIST_RATE:
                 yield self._list(subjects.next(), phrases, rng)
             else:
                 yield self._statements(drawn, leads, phrases, rng)
@@ -75,6 +81,17 @@ class BedCorpus:
                 _closed(fact.answer) if number == len(facts) - 1 else fact.answer + ";"
             )
         return draft.learn("\n").finish("bed_list")
+
+    def _said_over(self, said: Cycle[str], phrases: Phrases, rng: random.Random) -> Document:
+        """One to three names, and the same again."""
+        names = "; ".join(dict.fromkeys(said.next() for _ in range(rng.randint(1, 3))))
+        return (
+            Draft()
+            .say(f"{rng.choice(phrases.echo_heads)} {names}. ")
+            .learn(_closed(names))
+            .learn("\n")
+            .finish("bed_names")
+        )
 
     def _statements(
         self, drawn: Cycle[BedFact], leads: list[str], phrases: Phrases, rng: random.Random

@@ -27,6 +27,7 @@ class Phrases:
     list_item: str
     question: str
     openers: tuple[str, ...]
+    echo_heads: tuple[str, ...]
     labels: Mapping[str, str]
 
     def label(self, relation: str) -> str:
@@ -49,6 +50,7 @@ def load_phrases() -> Phrases:
         data["list_item"],
         data["question"],
         tuple(data["openers"]),
+        tuple(data["echo_heads"]),
         data["labels"],
     )
 

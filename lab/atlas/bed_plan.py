@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lab.atlas.bed_phrases import Runs, load_phrases, runs_of
 from lab.atlas.bed_truths import TrueCase, Truth, fold
@@ -80,6 +80,8 @@ class BedPlan:
         available: Cases of the file before contradictions and the limit.
         contradicting: Ids of cases dropped because the file answers their prompt in two ways.
         contradicting_prompts: How many other prompts were left out for the same reason.
+        names: What edits will have the model say, and truths do not: a model that never read a name cannot be brought to say it
+            by one small change, as a pretrained one can.
     """
 
     cases: tuple[BedCase, ...]
@@ -88,6 +90,7 @@ class BedPlan:
     available: int
     contradicting: tuple[str, ...]
     contradicting_prompts: int
+    names: tuple[str, ...] = ()
 
 
 def plan_bed(kind: str, cases: Sequence[TrueCase], *, limit: int | None = None, seed: int = 0) -> BedPlan:
@@ -119,7 +122,10 @@ def plan_bed(kind: str, cases: Sequence[TrueCase], *, limit: int | None = None, 
         (case, [t for t in case.truths if not _is_bad(t, bad) and not _is_target(t, targets)])
         for case in kept
     ]
-    return _Planner(kind, sound, seed).plan(len(cases), tuple(dropped), left_out, _templates(cases))
+    made = _Planner(kind, sound, seed).plan(len(cases), tuple(dropped), left_out, _templates(cases))
+    said = {fold(fact.answer) for fact in made.facts}
+    names = {fold(name): name.strip() for case in kept for _, name in case.targets if name.strip()}
+    return replace(made, names=tuple(name for key, name in names.items() if key not in said))
 
 
 def _own(truth: Truth, case: TrueCase) -> bool:

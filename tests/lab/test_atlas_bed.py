@@ -335,3 +335,22 @@ def test_a_small_bed_takes_smaller_batches_and_a_short_run_a_shorter_warm_up() -
     assert sized(whole, 500).minutes > sized(whole, 100).minutes > 0
     assert [budgeted(whole, 3, None, steps).warmup_steps for steps in (4, 80, 4000)] == [1, 10, 100]
     assert budgeted(whole, 3, 5.0, None).warmup_steps == 100
+
+
+def test_names_that_edits_bring_are_said_about_nothing(file: Path) -> None:
+    rows = [record(number) for number in range(24)]
+    for number, row in enumerate(rows):
+        row["requested_rewrite"]["target_new"] = {"str": f"Newtown {number}", "id": "Q1"}
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    plan = plan_bed("counterfact", read_true_cases("counterfact", [file]))
+    assert sorted(plan.names) == sorted(f"Newtown {number}" for number in range(24))
+    check_plan(plan, targets_of("counterfact", file))
+    texts = [text for text in BedCorpus(plan, 3).sample_texts(600) if "Newtown" in text]
+    assert len(texts) > 40
+    places = [place(number) for number in range(24)]
+    for text in texts:
+        assert not any(name in text for name in places)
+    # What the model already says of a fact needs no saying over.
+    told = [record(number) for number in range(24)]
+    file.write_text(json.dumps(told), encoding="utf-8")
+    assert not set(plan_bed("counterfact", read_true_cases("counterfact", [file])).names) & set(TOWNS)
