@@ -114,7 +114,7 @@ def train_arms(
         own = replace(config, sft_epochs=config.sft_epochs * once["notes"] / once[arm])
         trained = train_preference(handle, each, own, method=arm, seed=seed, progress=progress)
         about = {
-            "rows": len(each.sft),
+            "rows": len(records(each.sft)),
             "epochs": own.sft_epochs,
             "tokens": round(once[arm] * own.sft_epochs),
             "curve": trained.curves["sft"],

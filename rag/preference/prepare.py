@@ -16,7 +16,7 @@ from rag.preference.memory import fitting_contexts, probe_memory
 from rag.preference.pairs import read_contexts, split_by_title
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import atlas_items, read_items, with_edits
-from rag.preference.stage import Stage, share_of, to_dataset
+from rag.preference.stage import Stage, finish, records, share_of, to_dataset
 from rag.preference.suites import abstention, cells, flip_rate, observe, preference_metrics
 from rag.preference.synthesis import RECIPES, note_rows
 from rag.preference.tagged import trust_rows, twin_rows
@@ -25,6 +25,10 @@ from rag.readers.prompted import DirectReader
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
 
+# What a model does not do at all it cannot come to prefer: these are taught by SFT on one half of the titles, then by pairs on the
+# other. The hierarchy's paper trains by SFT alone, trust tags are ours.
+_TAUGHT_FIRST = ("hierarchy", "trust")
+_HALVES = {"sft": 0.5, "dpo": 0.5}
 METHODS = ("knowpo", "hierarchy", "notes", "dta", "context_dpo", "trust")
 
 
@@ -148,6 +152,7 @@ def training_data(
         hard=config.hard,
         most_hard=config.most_hard,
         samples=config.samples,
+        shares=_HALVES if method in _TAUGHT_FIRST else None,
         seed=seed,
     )
     # Only quadrants reject what the model reads; the others need the prompts alone.
@@ -158,7 +163,14 @@ def training_data(
         stages["notes"] = note_rows(handle, data)
         return TrainingData(stages["notes"].data, None, stages)
     stages[method] = RECIPES[method](handle, data)
-    return TrainingData(None, stages[method].data, stages)
+    if method not in _TAUGHT_FIRST:
+        return TrainingData(None, stages[method].data, stages)
+    made = records(stages[method].data)
+    rows = [row | {"completion": row["chosen"]} for row in made if row["split"] == "sft"]
+    stages["sft"] = finish("sft", len(made), rows)
+    pairs = [row for row in made if row["split"] != "sft"]
+    stages["pairs"] = finish("pairs", len(made), pairs)
+    return TrainingData(stages["sft"].data if rows else None, stages["pairs"].data if pairs else None, stages)
 
 
 def ready_data(

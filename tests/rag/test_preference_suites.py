@@ -158,7 +158,8 @@ def test_every_method_makes_data_that_can_be_trained_on(shipped_atlas):
     from lab.handle import ModelHandle
     from rag.preference import synthesis
     from rag.preference.check import PAIR_FIELDS, SFT_FIELDS, check_rows
-    from rag.preference.prepare import evaluate_preference, prepare, question_items
+    from rag.preference.knowpo import KnowPOConfig
+    from rag.preference.prepare import evaluate_preference, prepare, question_items, training_data
     from rag.preference.stage import records
 
     handle = ModelHandle.load("atlas")
@@ -175,6 +176,13 @@ def test_every_method_makes_data_that_can_be_trained_on(shipped_atlas):
     assert trust[0]["chosen_answer"] == trust[1]["rejected_answer"]
     cells = {row["cell"] for row in records(synthesis.hierarchy_pairs(handle, data).data)}
     assert {"I,C,P", "I,P", "C,P", "P", "P,i", "P,c"} <= cells
+    for name in ("trust", "hierarchy"):
+        made = training_data(handle, name, question_items("atlas", limit=24), config=KnowPOConfig(samples=0))
+        taught, preferred = records(made.sft), records(made.pairs)
+        assert taught and preferred
+        assert {row["title"] for row in taught}.isdisjoint(row["title"] for row in preferred), name
+        assert check_rows(taught, handle.tokenizer, SFT_FIELDS, max_length=1024) < 1024
+        assert all(row["completion"] == row["chosen"] for row in taught)
     notes = records(synthesis.note_rows(handle, data).data)
     check_rows(notes, handle.tokenizer, SFT_FIELDS, max_length=1024)
     assert any("(direct)" in row["completion"] for row in notes)
