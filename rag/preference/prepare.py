@@ -11,7 +11,7 @@ from lab.errors import ConfigError
 from lab.eval.evaluations import EvaluationRequest
 from rag.decoding.contrast import position_limit
 from rag.preference.check import read_training_rows
-from rag.preference.knowpo import KnowPOConfig, TrainingData, applied_requests, knowpo_data
+from rag.preference.knowpo import KnowPOConfig, TrainingData, applied_requests, knowpo_data, sft_rows
 from rag.preference.memory import fitting_contexts, probe_memory
 from rag.preference.pairs import read_contexts, split_by_title
 from rag.preference.passages import contexts, counterfactuals
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # other. The hierarchy's paper trains by SFT alone, trust tags are ours.
 _TAUGHT_FIRST = ("hierarchy", "trust")
 _HALVES = {"sft": 0.5, "dpo": 0.5}
+_TAUGHT = ("id", "title", "split", "context", "grade", "prompt", "completion")
 METHODS = ("knowpo", "hierarchy", "notes", "dta", "context_dpo", "trust")
 
 
@@ -167,6 +168,11 @@ def training_data(
         return TrainingData(None, stages[method].data, stages)
     made = records(stages[method].data)
     rows = [row | {"completion": row["chosen"]} for row in made if row["split"] == "sft"]
+    if method == "trust":
+        # Documents without a tag stay in, or the tag would be learnt as all that counts.
+        stages["untagged"] = sft_rows(handle, data)
+        rows += records(stages["untagged"].data)
+    rows = [{name: row[name] for name in _TAUGHT} for row in rows]
     stages["sft"] = finish("sft", len(made), rows)
     pairs = [row for row in made if row["split"] != "sft"]
     stages["pairs"] = finish("pairs", len(made), pairs)
