@@ -146,14 +146,14 @@ def cell_name(
         "state": handle.state,
         "way": asdict(WAYS[way]),
         "seed": seed,
-        "data": _content(bench.data),
+        "data": content(bench.data),
         **{name: getattr(bench, name) for name in ("split", "difficulty", "suites", "limit", "latency")},
     }
     if given is not None:
-        told["adapter"] = [_content(str(file)) for file in sorted(Path(given).glob("*.*")) if file.is_file()]
+        told["adapter"] = [content(str(file)) for file in sorted(Path(given).glob("*.*")) if file.is_file()]
     elif trained:
         told |= {
-            "train": _content(bench.train_data),
+            "train": content(bench.train_data),
             "train_limit": bench.train_limit,
             "samples": bench.samples,
             "config": asdict(train_config(handle, WAYS[way].training, **training)),
@@ -162,7 +162,8 @@ def cell_name(
     return f"{way}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
-def _content(source: str) -> str:
+def content(source: str) -> str:
+    """What a source of questions stands for in the name of a cell: a file's digest, else the source itself."""
     path = Path(source)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else source
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag.evaluation import CONDITIONS, FURTHER, Asked, Cell, Keeper, atlas_questions, figures, gain, run
+from rag.preference.bench import content
 from rag.preference.control import trained_tokens
 from rag.preference.knowpo import TrainingData
 from rag.preference.pairs import read_contexts
 from rag.preference.prepare import prepare, question_items
-from rag.preference.stage import Stage, finish, records
+from rag.preference.stage import Stage, digest, finish, records
 from rag.preference.synthesis import note_rows
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ Row = Mapping[str, Any]
 
 READERS = ("direct", "con_unchecked", "con")
 PLAIN = "direct"
-# Reader to the arms whose gain it is measured by: trained against trained, untrained against untrained.
+# What a model was trained to, to the readers that ask it; nothing was trained in ``base``.
 ARMS: Mapping[str, tuple[str, ...]] = {"base": READERS, "answers": (PLAIN,), "notes": READERS}
+# Whose direct reader an arm's gain is over: trained against trained, untrained against untrained.
 AGAINST: Mapping[str, str] = {"base": "base", "notes": "answers"}
 # Atlas reads three documents at most. All of them may be about the same attribute of others: telling those apart is what is learnt.
 _CONTEXTS: Mapping[str, Any] = {"documents": 3, "hard": 1.0, "most_hard": 3}
@@ -143,11 +145,16 @@ def run_seed(
     from lab.records import write_text_atomically
 
     questions = atlas_questions(load_world(), bench.limit, seed)
-    asked = [one for condition in bench.conditions for one in questions[condition]]
-    told = {"state": handle.state, "seed": seed, "training": dict(training)}
-    told |= {name: getattr(bench, name) for name in ("limit", "train_limit", "train_data", "samples")}
-    keeper = Keeper(folder / "adapters", told)
-    place = keeper.file(Cell("trained", str(seed), bench.decoding)).with_suffix("")
+    # Whatever is asked now: an adapter that is kept may be asked under other conditions later.
+    asked = [one for each in questions.values() for one in each]
+    told = {
+        "state": handle.state,
+        "seed": seed,
+        "training": dict(training),
+        "train": content(bench.train_data),
+    }
+    told |= {name: getattr(bench, name) for name in ("limit", "train_limit", "samples")}
+    place = folder / "adapters" / digest([told])[:12]
     if not (place / "about.json").is_file():
         made = train_arms(handle, bench, asked, training, seed, progress)
         for arm, (patch, _) in made.items():

@@ -81,6 +81,13 @@ def test_the_command_trains_asks_and_goes_on(shipped_atlas, capsys, tmp_path):
         row["right"] = not row["right"]
     kept.write_text(json.dumps(content), encoding="utf-8")
     assert result(capsys, tmp_path, *words)["cells"] != found["cells"]
+    # Adapters know no name that could be asked, so that they serve other conditions and rules too.
+    trained = list((tmp_path / "out" / "adapters").iterdir())
+    other = result(capsys, tmp_path, *words, "--conditions", "agree", "--decoding", "cad")
+    assert {cell["condition"] for cell in other["cells"]} == {"agree"} and other["training"] == found[
+        "training"
+    ]
+    assert list((tmp_path / "out" / "adapters").iterdir()) == trained and len(trained) == 1
     code, _, err = call(capsys, *words[:-2], "--conditions", "nothing", "--out", tmp_path / "o")
     assert code == 2 and "nothing" in err
 
