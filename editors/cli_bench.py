@@ -76,15 +76,7 @@ def bench_editing(
             show_default="atlas",
         ),
     ] = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--seed",
-            help="Seed of everything random; repeatable.",
-            rich_help_panel=opt.RUN_PANEL,
-            show_default="0",
-        ),
-    ] = None,
+    seed: opt.Seeds = None,
     protocol: Annotated[
         cli_eval.Protocol,
         typer.Option(

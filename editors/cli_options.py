@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lab.errors import ConfigError
+from lab.cli.options import overrides
+
+__all__ = ["PANEL", "Corpus", "Preset", "Settings", "overrides"]
 
 PANEL = "Edit"
 
@@ -36,23 +38,3 @@ Corpus = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
-
-
-def overrides(settings: list[str] | None) -> dict[str, Any]:
-    """``name=value`` words as keyword arguments; values are read as TOML, and as text where they are none.
-
-    Raises:
-        ConfigError: A word without a name or a value.
-    """
-    import tomllib
-
-    found: dict[str, Any] = {}
-    for word in settings or ():
-        name, equals, text = word.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"--set takes name=value, not {word!r}")
-        try:
-            found[name] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[name] = text
-    return found

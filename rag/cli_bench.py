@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from lab.cli import options as opt
 from lab.cli.cells import CELLS, read_cell, write_cell
 from lab.cli.output import check_out, console, document, progress, table, write_json
 from lab.errors import ConfigError, KnowLabError
+from rag import cli_options as training
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
@@ -22,7 +22,6 @@ bench = typer.Typer(help="Comparisons over many runs.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 COMMAND = "bench preference"
-BENCH_PANEL = "Comparison"
 ALL = "base,faithful,con,cad,adacad,coiecd,ck_plug,parammute,sft,context_dpo,knowpo,knowpo_no_rewrite,knowpo_no_ratio,dta,hierarchy,trust"
 
 _HELP = """Compare ways of choosing between documents and memory: adherence, robustness, their errors, and seconds.
@@ -48,26 +47,19 @@ Examples:
 def bench_preference(
     methods: Annotated[
         str,
-        typer.Option("--methods", help="Names with commas between them.", rich_help_panel=BENCH_PANEL),
+        typer.Option("--methods", help="Names with commas between them.", rich_help_panel=training.PANEL),
     ] = ALL,
     data: Annotated[
         str,
-        typer.Option("--data", help="atlas, or a file of questions.", rich_help_panel=BENCH_PANEL),
+        typer.Option("--data", help="atlas, or a file of questions.", rich_help_panel=training.PANEL),
     ] = "atlas",
-    train_data: Annotated[
-        str,
-        typer.Option(
-            "--train-data",
-            help="What adapters are trained on: atlas (its facts for tuning), or a file of questions.",
-            rich_help_panel=BENCH_PANEL,
-        ),
-    ] = "atlas",
+    train_data: training.TrainData = "atlas",
     difficulty: Annotated[
         str,
         typer.Option(
             "--difficulty",
             help="plain; hard: every context with up to three hard distractors, in wordings that nothing was trained on.",
-            rich_help_panel=BENCH_PANEL,
+            rich_help_panel=training.PANEL,
         ),
     ] = "plain",
     split: Annotated[
@@ -75,7 +67,7 @@ def bench_preference(
         typer.Option(
             "--split",
             help="test; held: a part of the facts for tuning that nothing is trained on, to choose settings by.",
-            rich_help_panel=BENCH_PANEL,
+            rich_help_panel=training.PANEL,
         ),
     ] = "test",
     suites: Annotated[
@@ -83,7 +75,7 @@ def bench_preference(
         typer.Option(
             "--suites",
             help="What is measured besides, with commas between: trust, hierarchy, edits (those that the model carries).",
-            rich_help_panel=BENCH_PANEL,
+            rich_help_panel=training.PANEL,
             show_default=False,
         ),
     ] = "",
@@ -93,62 +85,35 @@ def bench_preference(
             "--edits",
             min=0,
             help="Edits of the built-in world's test facts that are made first, over which adapters are trained.",
-            rich_help_panel=BENCH_PANEL,
+            rich_help_panel=training.PANEL,
         ),
     ] = 0,
     editor: Annotated[
         str,
-        typer.Option("--editor", help="The method that makes them.", rich_help_panel=BENCH_PANEL),
+        typer.Option("--editor", help="The method that makes them.", rich_help_panel=training.PANEL),
     ] = "memit",
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             "--adapter",
             help="METHOD=FOLDER: an adapter that is trained already; repeatable.",
-            rich_help_panel=BENCH_PANEL,
+            rich_help_panel=training.PANEL,
             show_default=False,
         ),
     ] = None,
-    train_limit: Annotated[
-        int,
-        typer.Option("--train-limit", min=1, help="Questions trained on.", rich_help_panel=BENCH_PANEL),
-    ] = 400,
+    train_limit: training.TrainLimit = 400,
     max_steps: Annotated[
         int | None,
         typer.Option(
-            "--max-steps", min=1, help="Ends each of SFT and DPO early.", rich_help_panel=BENCH_PANEL
+            "--max-steps", min=1, help="Ends each of SFT and DPO early.", rich_help_panel=training.PANEL
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="NAME=VALUE: a setting of training that replaces the preset's; repeatable.",
-            rich_help_panel=BENCH_PANEL,
-            show_default=False,
-        ),
-    ] = None,
-    samples: Annotated[
-        int,
-        typer.Option(
-            "--samples",
-            min=0,
-            help="Sampled answers that must all be right for a fact to count as known in training.",
-            rich_help_panel=BENCH_PANEL,
-        ),
-    ] = 10,
+    settings: training.Settings = None,
+    samples: training.Samples = 10,
     model: opt.Model = "atlas",
     patch: opt.Patches = None,
     limit: opt.Limit = None,
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--seed",
-            help="Seed of everything random; repeatable.",
-            rich_help_panel=opt.RUN_PANEL,
-            show_default="0",
-        ),
-    ] = None,
+    seed: opt.Seeds = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
     out: opt.Reports = Path("results/preference"),
@@ -177,18 +142,18 @@ def bench_preference(
         samples=samples,
         adapters=adapters,
     )
-    training = {**training_settings(settings), "max_steps": max_steps}
+    chosen = {**opt.overrides(settings), "max_steps": max_steps}
     handle = open_model(model, patch, device=device, dtype=dtype)
     if edits:
         _edited(handle, editor, edits, seeds[0], out / "edits")
     plan = [(name, one) for one in seeds for name in names]
-    files = {cell: out / CELLS / cell_name(handle, cell[0], options, training, cell[1]) for cell in plan}
+    files = {cell: out / CELLS / cell_name(handle, cell[0], options, chosen, cell[1]) for cell in plan}
     cells: dict[tuple[str, int], dict[str, Any]] = {
         cell: found for cell, file in files.items() if (found := read_cell(file)) is not None
     }
     kept = len(cells)
     with progress() as advance:
-        workshop = PreferenceWorkshop(handle, options, training, progress=advance)
+        workshop = PreferenceWorkshop(handle, options, chosen, progress=advance)
         for name, one in plan:
             advance("runs", len(cells), len(plan))
             if (name, one) not in cells:
@@ -225,24 +190,6 @@ def _edited(handle: ModelHandle, method: str, count: int, seed: int, folder: Pat
     if not (place / "patch.json").is_file():
         world_edits(handle, method, count, seed=seed).save(place)
     load_saved(place).apply(handle)
-
-
-def training_settings(words: list[str] | None) -> dict[str, Any]:
-    """Settings of training from ``NAME=VALUE`` words.
-
-    Raises:
-        ConfigError: A word is not of this form.
-    """
-    found: dict[str, Any] = {}
-    for word in words or ():
-        name, equals, text = word.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"--set takes name=value, not {word!r}")
-        try:
-            found[name] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[name] = text
-    return found
 
 
 def _adapter(word: str) -> tuple[str, str]:

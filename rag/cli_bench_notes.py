@@ -10,6 +10,7 @@ import typer
 
 from lab.cli import options as opt
 from lab.cli.output import check_out, console, document, progress, table, write_json
+from rag import cli_options as training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +21,6 @@ bench = typer.Typer(help="Comparisons over many runs.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 COMMAND = "bench notes"
-PANEL = "Comparison"
 
 _HELP = """Train a reader to take notes (Chain-of-Note) and one to answer at once, in equally many tokens, and ask both.
 
@@ -47,54 +47,26 @@ def bench_notes(
         typer.Option(
             "--conditions",
             help="Which documents: agree, contradict, irrelevant, none, several, noisy, unanswerable.",
-            rich_help_panel=PANEL,
+            rich_help_panel=training.PANEL,
             show_default="all",
         ),
     ] = None,
     decoding: Annotated[
-        str, typer.Option("--decoding", help="The rule of all readers.", rich_help_panel=PANEL)
+        str, typer.Option("--decoding", help="The rule of all readers.", rich_help_panel=training.PANEL)
     ] = "greedy",
-    train_limit: Annotated[
-        int, typer.Option("--train-limit", min=1, help="Questions trained on.", rich_help_panel=PANEL)
-    ] = 400,
-    train_data: Annotated[
-        str,
-        typer.Option(
-            "--train-data",
-            help="What is trained on: atlas (its facts for tuning), or a file of questions.",
-            rich_help_panel=PANEL,
-        ),
-    ] = "atlas",
-    samples: Annotated[
-        int,
-        typer.Option(
-            "--samples",
-            min=0,
-            help="Sampled answers that must all be right for a fact to count as known in training.",
-            rich_help_panel=PANEL,
-        ),
-    ] = 4,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="NAME=VALUE: a setting of training that replaces the preset's; repeatable.",
-            rich_help_panel=PANEL,
-            show_default=False,
-        ),
-    ] = None,
+    train_limit: training.TrainLimit = 400,
+    train_data: training.TrainData = "atlas",
+    samples: training.Samples = 4,
+    settings: training.Settings = None,
     model: opt.Model = "atlas",
     patch: opt.Patches = None,
-    limit: opt.Limit = 300,
-    seed: Annotated[
-        list[int] | None,
+    limit: Annotated[
+        int,
         typer.Option(
-            "--seed",
-            help="Seed of everything random; repeatable.",
-            rich_help_panel=opt.RUN_PANEL,
-            show_default="0",
+            "--limit", min=1, help="Facts asked, each under every condition.", rich_help_panel=opt.RUN_PANEL
         ),
-    ] = None,
+    ] = 300,
+    seed: opt.Seeds = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = "float32",
     out: opt.Reports = Path("results/notes"),
@@ -109,7 +81,6 @@ def bench_notes(
     from lab.cli.session import open_model
     from lab.eval.render import cell as shown
     from lab.records import write_text_atomically
-    from rag.cli_bench import training_settings
     from rag.decoding import get_rule
     from rag.evaluation import check_conditions
     from rag.preference import notes_bench
@@ -117,21 +88,22 @@ def bench_notes(
     asked = tuple(opt.comma_list(conditions)) if conditions else notes_bench.NotesBench.conditions
     check_conditions(asked)
     get_rule(decoding)
-    options = notes_bench.NotesBench(limit or 300, train_limit, train_data, asked, decoding, samples)
-    training = training_settings(settings)
+    options = notes_bench.NotesBench(limit, train_limit, train_data, asked, decoding, samples)
+    chosen = opt.overrides(settings)
     seeds = list(dict.fromkeys(seed or [0]))
     handle = open_model(model, patch, device=device, dtype=dtype)
     found, trained = [], {}
     with progress() as advance:
         for one in seeds:
-            rows, trained[str(one)] = notes_bench.run_seed(handle, options, training, one, out, advance)
+            rows, trained[str(one)] = notes_bench.run_seed(handle, options, chosen, one, out, advance)
             found.append(rows)
     pooled = notes_bench.pooled(found)
+    summary = notes_bench.summary(pooled)
     heads = ["trained to", "condition", "reader", "n", "accuracy", "adherence", "robustness", "unknown"]
     lines = [
         [arm, cell.condition, cell.reader, str(values["accuracy"].n)]
         + [shown(name, values[name]) for name in heads[4:]]
-        for arm, cell, values in notes_bench.summary(pooled)
+        for arm, cell, values in summary
     ]
     gains = notes_bench.gains(pooled)
     gain_heads = ["trained to", "condition", "reader", "direct", "with notes", "gain"]
@@ -159,7 +131,7 @@ def bench_notes(
                 "n": values["accuracy"].n,
                 "metrics": {name: value.to_json() for name, value in values.items()},
             }
-            for arm, cell, values in notes_bench.summary(pooled)
+            for arm, cell, values in summary
         ],
         "gains": [
             {name: value.to_json() if hasattr(value, "to_json") else value for name, value in row.items()}

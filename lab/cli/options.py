@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from lab.errors import ConfigError
 
 MODEL_PANEL = "Model"
 RUN_PANEL = "Run"
@@ -52,6 +54,12 @@ Quantize = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", rich_help_panel=RUN_PANEL)]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--seed", help="Seed of everything random; repeatable.", rich_help_panel=RUN_PANEL, show_default="0"
+    ),
+]
 Limit = Annotated[
     int | None,
     typer.Option(
@@ -106,3 +114,23 @@ Force = Annotated[
 def comma_list(words: str) -> list[str]:
     """The words between commas, without blanks; empty ones are left out."""
     return [word.strip() for word in words.split(",") if word.strip()]
+
+
+def overrides(settings: list[str] | None) -> dict[str, Any]:
+    """``name=value`` words as keyword arguments; values are read as TOML, and as text where they are none.
+
+    Raises:
+        ConfigError: A word without a name or a value.
+    """
+    import tomllib
+
+    found: dict[str, Any] = {}
+    for word in settings or ():
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--set takes name=value, not {word!r}")
+        try:
+            found[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = text
+    return found
