@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import unescape
 from pathlib import Path
@@ -63,7 +63,10 @@ def read_questions(file: str | Path) -> tuple[str, list[FileQuestion]]:
     Raises:
         DataError: The file is of no known format, or a row breaks its schema; names file and line.
     """
-    rows = read_rows(file)
+    return _read_as_questions(read_rows(file), file)
+
+
+def _read_as_questions(rows: Sequence[Row], file: str | Path) -> tuple[str, list[FileQuestion]]:
     for row in rows:
         if row.error is not None:
             raise row.error
@@ -107,7 +110,7 @@ def read_documents(path: str | Path) -> list[str]:
         if rows[0].error is None and set(rows[0].value) >= _SEARCHED:
             found = [text for row in rows for text in _searched(row)]
         else:
-            found = documents_of(read_questions(path)[1])
+            found = documents_of(_read_as_questions(rows, path)[1])
     if not found:
         raise DataError("it holds no document", path)
     return list(dict.fromkeys(found))
