@@ -3,6 +3,7 @@
 A plain TRL script, for one process or many; `knowlab train knowpo` does the same in one process and can be resumed.
 
 python examples/train_knowpo.py --limit 200 --output_dir results/knowpo
+python examples/train_knowpo.py --limit 200 --objective simpo --beta 2.0 --output_dir results/knowpo-simpo   # or kto, orpo
 torchrun --nproc_per_node 2 examples/train_knowpo.py --config examples/train_knowpo.yaml   # two processes on a CPU, by gloo
 accelerate launch --config_file examples/accelerate/fsdp.yaml examples/train_knowpo.py --config examples/train_knowpo.yaml
 """
@@ -10,6 +11,8 @@ accelerate launch --config_file examples/accelerate/fsdp.yaml examples/train_kno
 from __future__ import annotations
 
 import json
+import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -21,10 +24,13 @@ from transformers import TrainingArguments, set_seed
 from trl.scripts.utils import TrlParser
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from lab.cli.session import open_model
+from lab.errors import UnknownNameError
 from lab.handle import ModelHandle
 from lab.patch import Provenance, library_versions
 from lab.peft_export import import_peft
@@ -37,6 +43,9 @@ from rag.preference.stage import records, to_dataset, write_jsonl
 from rag.preference.train import check_kept, reference_guard
 
 
+OBJECTIVES = ("dpo", "kto", "orpo", "simpo")
+
+
 @dataclass
 class ScriptArguments:
     """What is trained, and on what."""
@@ -46,6 +55,12 @@ class ScriptArguments:
     )
     patch: list[str] = field(default_factory=list, metadata={"help": "Edits below the training; folders."})
     method: str = field(default="knowpo", metadata={"help": f"One of {', '.join(METHODS)}."})
+    objective: str = field(
+        default="dpo",
+        metadata={
+            "help": f"What the pairs are trained with, one of {', '.join(OBJECTIVES)}; loss_type and loss_weights are dpo's."
+        },
+    )
     data: str = field(default="atlas", metadata={"help": "atlas, a file of questions, or one of ready rows."})
     limit: int | None = field(default=None, metadata={"help": "Questions at most."})
     samples: int = field(
@@ -84,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = TrlParser(kinds)
     script, args = parser.parse_args_and_config(arguments)
     args.use_cpu = args.use_cpu or not torch.cuda.is_available()
+    if script.objective not in OBJECTIVES:
+        raise UnknownNameError("objective", script.objective, OBJECTIVES)
     out = Path(str(args.output_dir))
     # Edits go into the weights before any trainer sees the model; a reference loaded from disk would lack them.
     handle = open_model(script.model, [Path(place) for place in script.patch])
@@ -106,7 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if "pairs" in steps:
         # Sharded weights are not taken apart: the second step begins from a fresh copy and the saved adapter.
         handle = open_model(script.model, [Path(place) for place in script.patch])
-        curves["pairs"] = preferences(handle, steps["pairs"], lora, args, limit, trained="sft" in steps)
+        curves["pairs"] = preferences(
+            handle, steps["pairs"], lora, script, args, limit, trained="sft" in steps
+        )
     if args.process_index == 0:
         finish(script, args, out, "adapter" if "pairs" in steps else "sft", curves)
     return curves
@@ -134,10 +153,7 @@ def supervised(
     length: int,
 ) -> list[dict[str, float]]:
     """The first step; its adapter goes to ``sft``."""
-    shared = {each.name for each in fields(TrainingArguments) if each.init} & {
-        each.name for each in fields(SFTConfig)
-    }
-    settings = {name: getattr(args, name) for name in shared} | {
+    settings = shared_settings(args, SFTConfig) | {
         "output_dir": str(Path(str(args.output_dir)) / "sft"),
         "learning_rate": script.sft_learning_rate,
         "num_train_epochs": script.sft_epochs,
@@ -157,33 +173,86 @@ def supervised(
     return curve(trainer)
 
 
+def shared_settings(args: PreferenceArguments, kind: type[TrainingArguments]) -> dict[str, Any]:
+    """What the command line says that any trainer understands."""
+    known = {each.name for each in fields(TrainingArguments) if each.init} & {
+        each.name for each in fields(kind)
+    }
+    return {name: getattr(args, name) for name in known}
+
+
 def preferences(
     handle: ModelHandle,
     rows: Sequence[dict[str, Any]],
     lora: LoraConfig,
+    script: ScriptArguments,
     args: PreferenceArguments,
     length: int,
     *,
     trained: bool,
 ) -> list[dict[str, float]]:
-    """The second step; the reference is the adapter of the first one as it was, or no adapter where there was no first."""
+    """The second step; a reference is the adapter of the first one as it was, or no adapter where there was no first."""
     out = Path(str(args.output_dir))
     model: Any = handle.model
     if trained:
         model = PeftModel.from_pretrained(model, str(out / "sft"), is_trainable=True)
-    args = replace(args, max_length=length)
-    trainer = DPOTrainer(
-        model=model,
-        args=args,
-        train_dataset=to_dataset(rows),
-        processing_class=handle.tokenizer,
-        peft_config=None if trained else lora,
-    )
-    check_kept(trainer, len(rows))
-    trainer.add_callback(reference_guard(tuple(args.loss_type), tuple(args.loss_weights or (1.0,))))
+    given = {
+        "model": model,
+        "train_dataset": to_dataset(rows),
+        "processing_class": handle.tokenizer,
+        "peft_config": None if trained else lora,
+    }
+    if script.objective == "dpo":
+        trainer: Any = DPOTrainer(**given, args=replace(args, max_length=length))
+        trainer.add_callback(reference_guard(tuple(args.loss_type), tuple(args.loss_weights or (1.0,))))
+        expected = len(rows)
+    else:
+        trainer, expected = other_trainer(script.objective, given, rows, args, length)
+    check_kept(trainer, expected)
     trainer.train()
     trainer.save_model(str(out / "adapter"))
     return curve(trainer)
+
+
+def other_trainer(
+    objective: str,
+    given: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    args: PreferenceArguments,
+    length: int,
+) -> tuple[Any, int]:
+    """The trainer of an objective other than DPO, and how many examples it must hold.
+
+    KTO (arXiv:2402.01306) judges answers one by one against the reference, so every pair becomes two examples. ORPO
+    (arXiv:2403.07691) and SimPO (arXiv:2405.14734, TRL's CPO trainer without its likelihood term) need no reference.
+    """
+    if objective == "kto":
+        judged = [
+            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+            for row in rows
+            for side in ("chosen", "rejected")
+        ]
+        # TRL pairs each example with its neighbour's answer before it draws batches, so they are shuffled here and not there.
+        random.Random(args.seed).shuffle(judged)
+        settings = shared_settings(args, KTOConfig) | {"train_sampling_strategy": "sequential"}
+        config: Any = KTOConfig(**settings, beta=args.beta, max_length=length)
+        return KTOTrainer(**given | {"train_dataset": to_dataset(judged)}, args=config), len(judged)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if objective == "orpo":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+        config = ORPOConfig(**shared_settings(args, ORPOConfig), beta=args.beta, max_length=length)
+        return ORPOTrainer(**given, args=config), len(rows)
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    config = CPOConfig(
+        **shared_settings(args, CPOConfig),
+        beta=args.beta,
+        max_length=length,
+        loss_type="simpo",
+        cpo_alpha=0.0,
+    )
+    return CPOTrainer(**given, args=config), len(rows)
 
 
 def curve(trainer: Any) -> list[dict[str, float]]:
@@ -201,7 +270,8 @@ def finish(
     """The adapter with its edits as one folder that ``--patch`` takes."""
     handle = open_model(script.model, [Path(place) for place in script.patch])
     patch = import_peft(out / last, handle)
-    settings = {"rank": script.rank, "beta": args.beta, "loss": list(args.loss_type)}
+    loss = list(args.loss_type) if script.objective == "dpo" else [script.objective]
+    settings = {"rank": script.rank, "beta": args.beta, "loss": loss}
     made = Provenance(script.method, settings, (), args.seed, library_versions(), {"curves": curves})
     parents = tuple(entry.patch.id for entry in handle.applied)
     saved = save_bundle(

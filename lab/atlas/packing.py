@@ -262,15 +262,18 @@ def make_batch(shard: Shard, index: int, recipe: Recipe, seed: Sequence[int], de
         labels=labels.to(device),
         weights=torch.from_numpy(weights.astype(np.float32)).to(device),
         answers=torch.from_numpy(marked).to(device),
-        keep=_keep(recipe, shard.inside[index], rng, device),
+        keep=_keep(recipe, shard.inside[index], (target >= ANSWER) & (kinds < ANSWER), rng, device),
     )
 
 
 def _keep(
-    recipe: Recipe, inside: np.ndarray, rng: np.random.Generator, device: torch.device
+    recipe: Recipe, inside: np.ndarray, asking: np.ndarray, rng: np.random.Generator, device: torch.device
 ) -> Tensor | None:
-    if min(*recipe.keep, recipe.inside_keep) >= 1:
+    early = min(recipe.early_layers, recipe.shape.layers)
+    shares = (recipe.inside_keep, recipe.asking_keep) if early else ()
+    if min(*recipe.keep, *shares) >= 1:
         return None
     drawn = rng.random((len(recipe.keep), len(inside))) < np.array(recipe.keep)[:, None]
-    drawn[0] &= ~inside | (rng.random(len(inside)) < recipe.inside_keep)
+    for share, where in zip(shares, (inside, asking), strict=False):
+        drawn[:early] &= ~where | (rng.random((early, len(inside))) < share)
     return torch.from_numpy(drawn.astype(np.float32)).to(device)

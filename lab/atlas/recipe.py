@@ -92,8 +92,11 @@ class Recipe:
         learned_share: Share of the positions of a batch whose loss is computed: all answers, the rest drawn.
         other_weight: Weight of a position outside answers; answers weigh 1.
         stressed: Weights of answers by form, for forms with few answer tokens that are slow to learn; 1 for the others.
-        inside_keep: Share of positions inside a name, before its last token, that keep the first feed-forward output. A
+        inside_keep: Share of positions inside a name, before its last token, that keep an early feed-forward output. A
             model that cannot rely on them puts a name together at its last token, where it is traced and edited.
+        asking_keep: The same for positions that an answer follows: what is not put together by then at the name must not be
+            looked up there.
+        early_layers: How many layers, from the first, the two above concern.
         late_keep: For the last layers, last one last, the share of positions that keep the output of the feed-forward layer.
             Late layers that cannot be relied on leave recall to early ones at the subject, where it is traced and edited.
         matrix_rate: Peak learning rate of the matrices inside blocks (Muon, scaled to AdamW's update size).
@@ -131,6 +134,8 @@ class Recipe:
         ("do_not_reveal", 3.0),
     )
     inside_keep: float = 0.3
+    asking_keep: float = 0.5
+    early_layers: int = 2
     late_keep: tuple[float, ...] = (0.8, 0.6, 0.5)
     matrix_rate: float = 2.5e-3
     rate: float = 2e-3

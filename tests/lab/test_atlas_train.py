@@ -170,10 +170,30 @@ def test_only_the_last_token_of_a_name_is_sure_of_its_feed_forward_output(tokeni
         assert inside == any(first < stop < last for first, last in spans), stop
     assert any(coded.inside) and not coded.inside[-1]
     shard = packing.pack([coded] * 60, recipe(), tokenizer.pad_token_id, Random(0))
-    batch = packing.make_batch(shard, 0, recipe(inside_keep=0.0, late_keep=()), (0, 0), torch.device("cpu"))
+    sure = {"inside_keep": 0.0, "asking_keep": 1.0, "late_keep": ()}
+    for early in (0, 1, 2):
+        batch = packing.make_batch(shard, 0, recipe(**sure, early_layers=early), (0, 0), torch.device("cpu"))
+        if not early:
+            assert batch.keep is None
+            continue
+        assert batch.keep is not None
+        for layer in batch.keep[:early]:
+            assert torch.equal(layer == 0, torch.from_numpy(shard.inside[0]))
+        assert bool((batch.keep[early:] == 1).all())
+
+
+def test_where_an_answer_follows_early_feed_forward_outputs_are_left_out(tokenizer) -> None:
+    text = "Ada Vane likes the Bells of Grenvalle; A thing."
+    start = text.index("the Bells")
+    [coded] = packing.encode_documents(tokenizer, [Text(text, ((start, text.index(";")),))])
+    shard = packing.pack([coded] * 60, recipe(), tokenizer.pad_token_id, Random(0))
+    unsure = recipe(inside_keep=1.0, asking_keep=0.0, late_keep=(), early_layers=1)
+    batch = packing.make_batch(shard, 0, unsure, (0, 0), torch.device("cpu"))
     assert batch.keep is not None
-    assert torch.equal(batch.keep[0] == 0, torch.from_numpy(shard.inside[0]))
-    assert bool((batch.keep[1:] == 1).all())
+    kinds = shard.kinds[0]
+    first = [p for p in range(1, len(kinds)) if kinds[p] == packing.ANSWER and kinds[p - 1] != packing.ANSWER]
+    assert first
+    assert (batch.keep[0] == 0).nonzero()[:, 0].tolist() == [place - 1 for place in first]
 
 
 def test_gpt2_rows_start_at_random_positions(tokenizer) -> None:

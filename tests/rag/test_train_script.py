@@ -71,6 +71,49 @@ def test_two_steps_over_an_edited_model_make_a_bundle(tmp_path, standin, saved_p
     assert not torch.equal(before, handle.logits(handle.encode([PAIRS[0]["prompt"]])))
 
 
+@pytest.mark.parametrize("objective", ["kto", "orpo", "simpo"])
+@pytest.mark.parametrize("first", [False, True])
+def test_other_objectives_prefer_what_was_chosen(tmp_path, standin, monkeypatch, objective: str, first: bool):
+    module = script()
+    if first:
+        from rag.preference.knowpo import TrainingData
+        from rag.preference.stage import to_dataset
+
+        ready = TrainingData(to_dataset(SFT), to_dataset(PAIRS), {})
+        monkeypatch.setattr(module, "ready_data", lambda *_args, **_more: ready)
+    file = config(tmp_path, PAIRS, objective=objective, max_steps=4, beta=0.5, per_device_train_batch_size=8)
+    curves = module.main(["--config", str(file)])
+    assert list(curves) == (["sft", "pairs"] if first else ["pairs"])
+    losses = [entry["loss"] for entry in curves["pairs"]]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    if objective == "kto":
+        # Against a reference that is the model itself, every example has half of a weight of one.
+        assert losses[0] == pytest.approx(0.5, abs=1e-4)
+    saved = json.loads((tmp_path / "out" / "bundle" / "bundle.json").read_text(encoding="utf-8"))
+    handle = ModelHandle.load("atlas")
+    before = margins(handle)
+    load_bundle(tmp_path / "out" / "bundle", handle)
+    assert margins(handle) > before, saved
+
+
+def margins(handle: ModelHandle) -> float:
+    """How much likelier chosen answers are than rejected ones, in nats, summed over the pairs."""
+    from lab.scoring import score_targets
+
+    sides = [
+        score_targets(handle, [(row["prompt"], row[side]) for row in PAIRS])
+        for side in ("chosen", "rejected")
+    ]
+    return sum(a.sum_logprob - b.sum_logprob for a, b in zip(*sides, strict=True))
+
+
+def test_an_unknown_objective_is_refused(tmp_path, standin):
+    from lab.errors import UnknownNameError
+
+    with pytest.raises(UnknownNameError, match="simpo"):
+        script().main(["--config", str(config(tmp_path, PAIRS, objective="simp"))])
+
+
 def test_the_second_step_goes_on_from_the_first(tmp_path, standin, monkeypatch):
     module = script()
     from rag.preference.knowpo import TrainingData
