@@ -42,7 +42,6 @@ from rag.preference.prepare import METHODS, ready_data
 from rag.preference.stage import records, to_dataset, write_jsonl
 from rag.preference.train import check_kept, reference_guard
 
-
 OBJECTIVES = ("dpo", "kto", "orpo", "simpo")
 
 
