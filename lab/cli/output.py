@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from lab.errors import OutputExistsError
 from lab.records import write_text_atomically
+from lab.tables import WideTable
 
 SCHEMA_VERSION = 1
 
@@ -66,15 +66,17 @@ def check_out(folder: Path, force: bool) -> Path:
     return folder
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A table; numbers are set to the right, fractions with three digits."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for index, column in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
-        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(_cell(value) for value in row))
-    return made
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> WideTable:
+    """A table for the terminal: numbers are set to the right, fractions with three digits."""
+    return WideTable(
+        title,
+        columns,
+        [[_cell(value) for value in row] for row in rows],
+        right=[
+            bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
+            for index in range(len(columns))
+        ],
+    )
 
 
 def _cell(value: Any) -> str:
@@ -82,10 +84,7 @@ def _cell(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    # Square brackets in a completion are text, not markup.
-    return str(value).replace("[", r"\[")
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 Advance = Callable[[str, int, int], None]

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from lab.errors import ConfigError
 from lab.eval.stats import Estimate
+from lab.tables import WideTable
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from lab.eval.report import MetricTable, Report
 
 # Metrics that are not fractions are printed as they are.
@@ -87,18 +86,11 @@ def remarks(reports: Sequence[Report]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def rich_table(reports: Sequence[Report]) -> Table:
+def rich_table(reports: Sequence[Report]) -> WideTable:
     """For the terminal."""
-    from rich.markup import escape
-    from rich.table import Table
-
     heads, rows = grid(reports)
-    table = Table(title=escape(title(reports)), caption=escape("\n".join(remarks(reports))) or None)
-    for number, head in enumerate(heads):
-        table.add_column(escape(head), justify="left" if number == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*[escape(value) for value in row])
-    return table
+    right = [number > 0 for number in range(len(heads))]
+    return WideTable(title(reports), heads, rows, right=right, caption="\n".join(remarks(reports)))
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,7 +17,7 @@ from lab.eval.suite import Suite, Values
 from lab.records import write_text_atomically
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from lab.tables import WideTable
 
 SCHEMA_VERSION = 1
 TOO_MANY_SKIPPED = 0.05
@@ -182,7 +182,7 @@ class Report:
             "cases": [row.to_json() for row in self.cases],
         }
 
-    def table(self) -> Table:
+    def table(self) -> WideTable:
         """The figures as a table for the terminal."""
         from lab.eval.render import rich_table
 
