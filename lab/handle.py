@@ -341,6 +341,14 @@ class ModelHandle:
         """The patches applied now, oldest first."""
         return self.stack.entries
 
+    def undo_all(self) -> None:
+        """Takes everything off at once; ``state`` is the fingerprint again, and the weights are as they came, bit for bit.
+
+        Raises:
+            PatchError: A patched weight was changed behind the handle's back; nothing is taken off then.
+        """
+        self.stack.clear()
+
     def weights_digest(self) -> str:
         """sha256 over every bit of every parameter and buffer as it stands: the proof that an undo is exact."""
         with self.reading():

@@ -290,6 +290,28 @@ class PatchStack:
                 tuple(other.patch.id for other in self._entries if entry.patch.id in other.patch.parents)
             )
 
+    def clear(self) -> None:
+        """Takes everything off at once, in time that grows with what is touched and not with its square.
+
+        Raises:
+            PatchError: A patched weight was changed behind the handle's back; nothing is taken off then.
+        """
+        with self._handle.writing():
+            touched = {name: self._handle.named_weight(name).parameter for name in self._pristine}
+            for name, parameter in touched.items():
+                self._check_untouched(name, name, parameter)
+            entries, self._entries = self._entries, []
+            for entry in entries:
+                for hook in entry._hooks:
+                    hook.remove()
+                entry._hooks.clear()
+            with torch.no_grad():
+                for name, parameter in touched.items():
+                    parameter.copy_(self._pristine[name])
+            self._pristine.clear()
+            self._written.clear()
+            self._attach_memories()
+
     def _remove(self, entry: Applied) -> None:
         self._entries = [other for other in self._entries if other is not entry]
         for hook in entry._hooks:

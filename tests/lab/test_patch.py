@@ -106,6 +106,39 @@ def test_undo_in_any_order_restores_bits_and_state(modes: list[Mode], order) -> 
     assert handle.state == handle.fingerprint
 
 
+@pytest.mark.parametrize("modes", [[], ["merge"], ["sidecar"], ["merge", "sidecar", "merge"]])
+def test_everything_is_undone_at_once(modes: list[Mode]) -> None:
+    handle = tiny_handle("llama", layers=2)
+    digest = handle.weights_digest()
+    batch = handle.encode(["The capital of France is"])
+    before = handle.logits(batch)
+    patches = [make_patch(handle, seed) for seed in range(len(modes))]
+    entries = [patch.apply(handle, mode) for patch, mode in zip(patches, modes, strict=True)]
+    handle.undo_all()
+    assert handle.weights_digest() == digest and handle.state == handle.fingerprint and handle.applied == ()
+    assert torch.equal(handle.logits(batch), before)
+    for entry in entries:
+        with pytest.raises(PatchError, match="not applied"):
+            entry.undo()
+    # The handle goes on as a fresh one.
+    for patch in patches:
+        patch.apply(handle).undo()
+    assert handle.weights_digest() == digest
+
+
+def test_undoing_everything_keeps_what_others_wrote() -> None:
+    handle = tiny_handle("llama", layers=2)
+    patch = make_patch(handle, 1)
+    patch.apply(handle)
+    weight = handle.named_weight(next(iter(patch.deltas))).parameter
+    with torch.no_grad():
+        weight[0, 0] += 1
+    written = handle.weights_digest()
+    with pytest.raises(PatchError, match="behind the handle's back"):
+        handle.undo_all()
+    assert handle.weights_digest() == written and len(handle.applied) == 1
+
+
 def test_fingerprint_stays_and_tells_models_apart() -> None:
     handle = tiny_handle("llama")
     base = handle.fingerprint
