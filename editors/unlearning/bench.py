@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lab.handle import ModelHandle
 
 # Rises when cells of an older version must not be taken for finished.
-CELL_VERSION = 1
+CELL_VERSION = 2
 # Doses are told apart down to this part of themselves; every halving asks all forms once more.
 DOSE_WIDTH = 0.1
 STAYS = ("retain", "neighbor", "utility")

@@ -22,6 +22,8 @@ WORLD_FORMS = (
     "attribute_list",
 )
 OWN_PROMPT = "prompt"
+# A model that knows nothing picks one of four, and which one is chance: over so many draws of options per fact, little of it is left.
+CHOICES = 4
 
 
 def world_forms(facts: Sequence[Fact], *, seed: int = 0) -> dict[str, Pairs]:
@@ -39,12 +41,18 @@ def world_forms(facts: Sequence[Fact], *, seed: int = 0) -> dict[str, Pairs]:
     from lab.atlas.probes import Probes
     from lab.atlas.world import load_world
 
-    probes, objects = Probes(load_world(), load_format(), seed), {fact.id: fact.object for fact in facts}
+    world, format = load_world(), load_format()
+    probes, objects = Probes(world, format, seed), {fact.id: fact.object for fact in facts}
+    draws = {"choice": [Probes(world, format, CHOICES * seed + draw) for draw in range(CHOICES)]}
     found: dict[str, Pairs] = {
-        form: tuple((probe.prompt, probe.answer) for probe in probes.make(form, facts))
+        form: tuple(
+            (probe.prompt, probe.answer)
+            for maker in draws.get(form, [probes])
+            for probe in maker.make(form, facts)
+        )
         for form in WORLD_FORMS
     }
-    false = load_format().strings["false"]
+    false = format.strings["false"]
     # The claim is false, so the object is not in the prompt.
     found["true_false"] = tuple(
         (probe.prompt, objects[probe.fact_id])
