@@ -22,7 +22,7 @@ WORLD_FORMS = (
     "attribute_list",
 )
 OWN_PROMPT = "prompt"
-# A model that knows nothing picks one of four, and which one is chance: over so many draws of options per fact, little of it is left.
+# Which options a fact is asked with, and in what order, is chance; over so many draws per fact little of it is left.
 CHOICES = 4
 
 
