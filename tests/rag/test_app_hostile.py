@@ -36,7 +36,10 @@ def test_a_document_is_heard_and_not_obeyed(served, text):
     served.ingest("bad.txt", text, trust="unverified")
     found = served.ask(QUESTION, policy="memory")
     assert found["verdict"]["policy"] == "memory"
-    assert found["verdict"]["memory"] == before["verdict"]["memory"]
+    # Memory is asked in another batch, so that its confidence may differ in the last bits.
+    was, now = before["verdict"]["memory"], found["verdict"]["memory"]
+    assert now | {"confidence": 0} == was | {"confidence": 0}
+    assert now["confidence"] == pytest.approx(was["confidence"], abs=1e-5)
     if before["known"]:
         assert found["verdict"]["answer"] == before["verdict"]["answer"]
     bad = [one for one in found["passages"] if one["source"] == "bad.txt"]
