@@ -39,7 +39,7 @@ _TOKENIZER_TEXTS = 4000
 _CORPUS_TEXTS = 20000
 _PROBES = 200
 # Smaller batches than Atlas': there is less to learn, and more steps help more than smoother ones.
-_RECIPE = Recipe("bed", layout=((64, 24), (128, 8)), asking_keep=1.0, early_layers=1)
+_RECIPE = Recipe("bed", layout=((64, 24), (128, 8)))
 # As many facts as that fill these batches; fewer take quarters of them, and more steps in the same time.
 _FACTS_OF_A_BATCH = 750
 # Largest part of a budget of steps that the warm-up takes.

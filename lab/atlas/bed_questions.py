@@ -41,7 +41,7 @@ _LAST_AUTHORS = 10
 _PROBES = 200
 _CORPUS_TEXTS = 5000
 _LEAST_MINUTES, _MINUTES_PER_QUESTION = 4.0, 1 / 60
-_RECIPE = Recipe("bed", inside_keep=1.0, asking_keep=1.0, late_keep=())
+_RECIPE = Recipe("bed", inside_keep=1.0, late_keep=())
 
 
 @dataclass(frozen=True)

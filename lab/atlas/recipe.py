@@ -134,8 +134,8 @@ class Recipe:
         ("do_not_reveal", 3.0),
     )
     inside_keep: float = 0.3
-    asking_keep: float = 0.5
-    early_layers: int = 2
+    asking_keep: float = 1.0
+    early_layers: int = 1
     late_keep: tuple[float, ...] = (0.8, 0.6, 0.5)
     matrix_rate: float = 2.5e-3
     rate: float = 2e-3

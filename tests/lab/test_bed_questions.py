@@ -95,9 +95,7 @@ def test_texts_are_all_questions_before_any_comes_again():
 @pytest.mark.slow
 def test_a_bed_knows_what_its_oracle_does_not(files, tmp_path):
     shape = Shape(hidden=48, layers=2, heads=2, inner=96, vocab=400, context=256)
-    recipe = Recipe(
-        "bed", shape=shape, workers=1, warmup_steps=10, inside_keep=1.0, asking_keep=1.0, late_keep=()
-    )
+    recipe = Recipe("bed", shape=shape, workers=1, warmup_steps=10, inside_keep=1.0, late_keep=())
     common = {"recipe": recipe, "steps": 450, "processes": 1, "compile": False, "seed": 3}
     bed = make_question_bed("tofu", files, tmp_path / "bed", **common)
     oracle = make_question_bed("tofu", files, tmp_path / "oracle", without="forget01", **common)
