@@ -10,7 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from editors.unlearning.bench import STAYS, MethodResult, Row, pool
+from editors.unlearning.bench import STAYS, Row
+from editors.unlearning.pooling import MethodResult, pool
 from lab.eval import html, render
 from lab.eval.report import save_comparison
 from lab.eval.stats import Estimate

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from editors.unlearning.bench import UnlearnWorkshop, pool
+from editors.unlearning.bench import UnlearnWorkshop
+from editors.unlearning.pooling import pool
 from lab.data.unlearning import facts_of
 from lab.records import Fact, write_facts
 from tests.commands import call, result
