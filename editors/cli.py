@@ -11,6 +11,7 @@ import typer
 from editors import (
     cli_bench,
     cli_bench_audit,
+    cli_bench_priming,
     cli_bench_restor,
     cli_bench_sadr,
     cli_bench_sequence,
@@ -37,6 +38,7 @@ cli_bench.bench.command("unlearning", help=cli_bench_unlearning.HELP)(cli_bench_
 cli_bench.bench.command("sequence", help=cli_bench_sequence.HELP)(cli_bench_sequence.bench_sequence)
 cli_bench.bench.command("audit", help=cli_bench_audit.HELP)(cli_bench_audit.bench_audit)
 cli_bench.bench.command("restor", help=cli_bench_restor.HELP)(cli_bench_restor.bench_restor)
+cli_bench.bench.command("priming", help=cli_bench_priming.HELP)(cli_bench_priming.bench_priming)
 app.add_typer(cli_train.app)
 app.add_typer(cli_tune.app)
 app.add_typer(cli_unlearn.app)

@@ -56,7 +56,8 @@ def bench_restor(
         list[str] | None,
         typer.Option(
             "--set",
-            help="One setting of a method or of the corruptor, `NAME:name=value`; without a NAME, of all methods. Repeatable.",
+            help="One setting of a method or of the corruptor, `NAME:name=value`; without a NAME, of all methods. Repeatable. "
+            "What is not set is as `knowlab unlearn` has it for this model.",
             rich_help_panel=PANEL,
             show_default=False,
         ),
@@ -73,6 +74,7 @@ def bench_restor(
     """Corrupt, unlearn, and see what comes back."""
     from editors.unlearning.base import UNLEARNERS
     from editors.unlearning.material import gather
+    from editors.unlearning.presets import tuned_settings
     from editors.unlearning.restor import corruptions, run_restor
     from lab.cli.session import open_model
 
@@ -94,7 +96,11 @@ def bench_restor(
                     material.kept,
                     corruptor=corruptor,
                     corruptor_settings=chosen.get(corruptor),
-                    settings={**chosen.get("", {}), **chosen.get(name, {})},
+                    settings={
+                        **tuned_settings(handle, name),
+                        **chosen.get("", {}),
+                        **chosen.get(name, {}),
+                    },
                     seed=seed,
                     progress=advance,
                 )

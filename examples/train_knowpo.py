@@ -233,7 +233,9 @@ def other_trainer(
         ]
         # TRL pairs each example with its neighbour's answer before it draws batches, so they are shuffled here and not there.
         random.Random(args.seed).shuffle(judged)
-        settings: dict[str, Any] = shared_settings(args, KTOConfig) | {"train_sampling_strategy": "sequential"}
+        settings: dict[str, Any] = shared_settings(args, KTOConfig) | {
+            "train_sampling_strategy": "sequential"
+        }
         config: Any = KTOConfig(**settings, beta=args.beta, max_length=length)
         return KTOTrainer(**given | {"train_dataset": to_dataset(judged)}, args=config), len(judged)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
