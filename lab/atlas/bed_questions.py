@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["QUESTION_KINDS", "Taught", "make_question_bed", "questions_of"]
 
 QUESTION_KINDS = ("tofu", "rwku")
+TAUGHT_FILE = "taught.jsonl"
+"""In a bed's folder: the questions and answers that it was taught."""
+
 _FORMAT_VERSION = 1
 _RUN_FILE = "bed-run.json"
 _AUTHOR = 20
@@ -334,6 +337,14 @@ def _finish(
             json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
         )
         (fresh / "corpus.txt").write_text(corpus, encoding="utf-8")
+        # In the upstream form, so that it can be retained, or measured, as any of their files.
+        (fresh / TAUGHT_FILE).write_text(
+            "".join(
+                json.dumps({"question": one.question, "answer": one.answer}, ensure_ascii=False) + "\n"
+                for one in taught
+            ),
+            encoding="utf-8",
+        )
         (fresh / "knowlab.json").write_text(
             json.dumps({"kind": "bed", "preset": "bed"}) + "\n", encoding="utf-8"
         )

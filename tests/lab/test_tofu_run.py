@@ -47,6 +47,36 @@ def test_figures_and_the_oracle(folder):
     assert "forget_quality" not in evaluate_tofu(EvaluationRequest(handle, data, "test", 1, 0))
 
 
+def test_a_bed_is_asked_what_it_was_taught(folder, tmp_path):
+    handle = tiny_handle("llama")
+    data, place = str(folder / "forget05_perturbed.jsonl"), tmp_path / "bed"
+    place.mkdir()
+    handle.folder = place
+    whole = evaluate_tofu(EvaluationRequest(handle, data, "test", None, 0))
+    assert whole["n"] == 16 and not whole["taught_only"]
+
+    def bed(*questions: str, suite: str = "tofu") -> None:
+        report = {"format_version": 1, "suite": suite, "cases": [{"id": question} for question in questions]}
+        (place / "bed.json").write_text(json.dumps(report), encoding="utf-8")
+
+    bed("forget05 1?", "forget05 3?", "retain 0?", "world_facts 2?", "elsewhere?")
+    found = evaluate_tofu(EvaluationRequest(handle, data, "test", None, 0))
+    assert found["taught_only"]
+    assert [row["question"] for row in found["rows"]] == [
+        "forget05 1?",
+        "forget05 3?",
+        "retain 0?",
+        "world_facts 2?",
+    ]
+    assert "real_authors" not in found["sets"] and found["model_utility"] is None
+    bed("retain 0?")
+    with pytest.raises(ConfigError, match="none of the questions"):
+        evaluate_tofu(EvaluationRequest(handle, data, "test", None, 0))
+    # Beds of editing benchmarks were taught no questions of this kind; nothing is left out for them.
+    bed("retain 0?", suite="counterfact")
+    assert evaluate_tofu(EvaluationRequest(handle, data, "test", None, 0))["n"] == 16
+
+
 @pytest.mark.parametrize(("data", "error"), [(None, ConfigError), ("nowhere.jsonl", DataError)])
 def test_a_file_is_needed(data, error):
     with pytest.raises(error):
