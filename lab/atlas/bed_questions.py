@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["QUESTION_KINDS", "Taught", "make_question_bed", "questions_of"]
 
 QUESTION_KINDS = ("tofu", "rwku")
-TAUGHT_FILE = "taught.jsonl"
-"""In a bed's folder: the questions and answers that it was taught."""
+TAUGHT = "taught"
+"""Folder within a bed's: of each of its files, the questions and answers that it was taught, in the upstream form."""
 
 _FORMAT_VERSION = 1
 _RUN_FILE = "bed-run.json"
@@ -55,11 +55,13 @@ class Taught:
         question: As the file asks it.
         answer: Its right answer.
         group: Author or person; empty where the file names none and holds no authors.
+        file: Name of the file that asks it, without its ending.
     """
 
     question: str
     answer: str
     group: str = ""
+    file: str = ""
 
     @property
     def prompt(self) -> str:
@@ -97,7 +99,7 @@ def questions_of(kind: str, files: Sequence[Path]) -> tuple[Taught, ...]:
         )
         for number, item in enumerate(items):
             group = item.subject or (f"author {number // _AUTHOR}" if in_authors else "")
-            taught = Taught(item.prompt.strip(), item.answer.strip(), group)
+            taught = Taught(item.prompt.strip(), item.answer.strip(), group, file.stem)
             found.setdefault(_key(item), taught)
     return tuple(found.values())
 
@@ -337,14 +339,11 @@ def _finish(
             json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
         )
         (fresh / "corpus.txt").write_text(corpus, encoding="utf-8")
-        # In the upstream form, so that it can be retained, or measured, as any of their files.
-        (fresh / TAUGHT_FILE).write_text(
-            "".join(
-                json.dumps({"question": one.question, "answer": one.answer}, ensure_ascii=False) + "\n"
-                for one in taught
-            ),
-            encoding="utf-8",
-        )
+        (fresh / TAUGHT).mkdir()
+        for name in dict.fromkeys(one.file for one in taught):
+            rows = [{"question": one.question, "answer": one.answer} for one in taught if one.file == name]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (fresh / TAUGHT / f"{name}.jsonl").write_text(text, encoding="utf-8")
         (fresh / "knowlab.json").write_text(
             json.dumps({"kind": "bed", "preset": "bed"}) + "\n", encoding="utf-8"
         )

@@ -9,7 +9,7 @@ import pytest
 
 from lab.atlas.bed import BED_FILE
 from lab.atlas.bed_questions import (
-    TAUGHT_FILE,
+    TAUGHT,
     QuestionSource,
     Taught,
     left_out,
@@ -120,11 +120,11 @@ def test_a_bed_knows_what_its_oracle_does_not(files, tmp_path):
     assert json.loads((oracle.folder / BED_FILE).read_text())["without"] == "forget01"
     assert "forget" not in (oracle.folder / "corpus.txt").read_text()
     assert rows()[45]["question"] not in (oracle.folder / "corpus.txt").read_text()
-    taught = [(item.prompt, item.answer) for item in load_asked(oracle.folder / TAUGHT_FILE)]
-    assert len(taught) == 41 and not {row["question"] for row in rows()[40:]} & {
-        question for question, _ in taught
-    }
-    assert set(taught) < {(item.prompt, item.answer) for item in load_asked(bed.folder / TAUGHT_FILE)}
+    assert {file.name for file in (bed.folder / TAUGHT).iterdir()} == {file.name for file in files}
+    assert [item.prompt for item in load_asked(oracle.folder / TAUGHT / "full.jsonl")] == [
+        row["question"] for row in rows()[:40]
+    ]
+    assert len(load_asked(bed.folder / TAUGHT / "full.jsonl")) == 60
     with pytest.raises(OutputExistsError, match="not empty"):
         make_question_bed("tofu", files, tmp_path / "bed", **common)
     with pytest.raises(ConfigError, match="another bed"):
