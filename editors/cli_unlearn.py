@@ -74,6 +74,15 @@ def unlearn(
             show_default="real-world facts for atlas:SPLIT",
         ),
     ] = None,
+    oracle: Annotated[
+        str | None,
+        typer.Option(
+            "--oracle",
+            help="The model trained without the facts, to compare with: a name or a folder.",
+            rich_help_panel=PANEL,
+            show_default="the shipped one where there is one",
+        ),
+    ] = None,
     harden: Annotated[
         Path | None,
         typer.Option(
@@ -173,8 +182,8 @@ def unlearn(
     with change.applied(handle):
         after = ask(handle)
     identical = handle.weights_digest() == bits and handle.state == state
-    name = oracle_name(model, forget)
-    oracle = ask(ModelHandle.load(name, dtype=dtype, device=device)) if name is not None else None
+    name = oracle or oracle_name(model, forget)
+    ideal = ask(ModelHandle.load(name, dtype=dtype, device=device)) if name is not None else None
     saved = change.save(out, overwrite=force) if out is not None else None
     if checkpoint is not None:
         clear(checkpoint)
@@ -187,7 +196,7 @@ def unlearn(
             *(
                 _figure(side, group, key)
                 for key in ("probability", "accuracy")
-                for side in (before, after, oracle)
+                for side in (before, after, ideal)
             ),
         )
         for group in GROUPS
@@ -214,7 +223,7 @@ def unlearn(
             group: {
                 "before": before[group],
                 "after": after[group],
-                "oracle": None if oracle is None else oracle[group],
+                "oracle": None if ideal is None else ideal[group],
             }
             for group in GROUPS
         },

@@ -72,6 +72,14 @@ def test_a_split_of_the_world_is_compared_with_the_oracle_where_there_is_one(
         assert group == "forget" or document["facts"][group] == 3
 
 
+def test_an_oracle_can_be_named(capsys, tmp_path, standin, files):
+    words = ["unlearn", "--method", "ga", "--set", "max_steps=1", "--forget", files[0], "--retain", files[1]]
+    document = result(capsys, tmp_path, *words, "--oracle", standin / "atlas")
+    # The oracle is the same stand-in here.
+    assert document["forget"]["oracle"] == pytest.approx(document["forget"]["before"])
+    assert document["neighbor"]["oracle"] == pytest.approx(document["neighbor"]["before"])
+
+
 def test_no_oracle_without_its_weights_or_for_another_model(standin):
     assert oracle_name("atlas", "atlas:people05") is None
     assert oracle_name("some/model", "atlas:people05") is None
