@@ -1,6 +1,6 @@
 """Times one update of NPO, and the memory that it takes, against the plain way: a second model as reference, full logits.
 
-    python tests/benchmarks/unlearning_step.py --json results/unlearning_step.json [--quick]
+    python tests/benchmarks/unlearning_step.py --json results/unlearning_step.json [--quick] [--open-unlearning CHECKOUT]
 
 GPT-2 of 124 M parameters with random weights, full fine-tuning in fp32 with AdamW, the same batches for both: facts to forget and
 retained ones, right-padded to the batch's longest. The plain way is written here after what open-unlearning's trainer does in an
@@ -8,6 +8,9 @@ update: the model's forward pass over prompt and answer with all logits, the sam
 a retained batch's loss, backward, clip, step. ``ratio``: its seconds per update over ours, without what either does once.
 ``saved_share``: by how much our peak is lower, in bytes of the frozen copy; each in a process of its own
 (Linux only). ``growth``: seconds of whole runs, everything counted, for 1, 5 and 10 % of 400 facts, two passes each.
+
+``lora``: ours with an adapter in place of the full weights, reported apart. With ``--open-unlearning`` its own trainer is timed too,
+as ``open_unlearning``; ``ratio`` and ``saved_share`` then compare with it, and the plain way stands beside them.
 
 On a machine that other programs use, compare ``cpu_ratio`` (processor seconds) with ``ratio``.
 """
@@ -38,6 +41,7 @@ from lab.handle import ModelHandle
 from lab.peak import STATUS, reset_peak, resident
 from lab.records import Fact, write_text_atomically
 from lab.tokens import join_target
+from tests.benchmarks import unlearning_peer
 from tests.tiny import tiny_tokenizer
 
 BETA, RATE, DECAY = 0.1, 1e-5, 0.01
@@ -126,7 +130,30 @@ def ours(handle: ModelHandle, forget: Sequence[Fact], retain: Sequence[Fact], si
     return unlearner.unlearn(handle, forget, retain).provenance.extra["updates"]
 
 
-WAYS: dict[str, Callable[..., int]] = {"plain": plain, "ours": ours}
+def lora(handle: ModelHandle, forget: Sequence[Fact], retain: Sequence[Fact], size: int, passes: int) -> int:
+    """``npo`` with LoRA of rank 8 on the feed-forward layers; returns its updates."""
+    unlearner = get_unlearner(
+        "npo",
+        lr=RATE,
+        beta=BETA,
+        epochs=passes,
+        batch_size=size,
+        weights="lora",
+        stop_above=None,
+        stop_retain=None,
+    )
+    return unlearner.unlearn(handle, forget, retain).provenance.extra["updates"]
+
+
+def peer(handle: ModelHandle, forget: Sequence[Fact], retain: Sequence[Fact], size: int, passes: int) -> int:
+    """open-unlearning's trainer; returns its updates."""
+    return unlearning_peer.npo(
+        handle, forget, retain, rows, size=size, passes=passes, beta=BETA, rate=RATE, decay=DECAY
+    )
+
+
+PEER = "open_unlearning"
+WAYS: dict[str, Callable[..., int]] = {"plain": plain, "ours": ours, "lora": lora, PEER: peer}
 
 
 def timed(work: Callable[[], int]) -> tuple[float, float, int]:
@@ -151,14 +178,16 @@ def per_update(which: str, count: int, size: int, passes: int) -> tuple[float, f
     return (long[0] - short[0]) / more, (long[1] - short[1]) / more
 
 
-def peak(which: str, size: int, threads: int) -> float:
+def peak(which: str, size: int, threads: int, checkout: Path | None) -> float:
     """Peak resident bytes of two updates in a process of its own, above the loaded model."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (which, size, threads))
+        return pool.apply(_peak, (which, size, threads, checkout))
 
 
-def _peak(which: str, size: int, threads: int) -> float:
+def _peak(which: str, size: int, threads: int, checkout: Path | None) -> float:
     torch.set_num_threads(threads)
+    if checkout is not None:
+        unlearning_peer.enter(checkout)
     handle = model_handle()
     forget, retain = facts(2 * size, "book"), facts(2 * size, "city")
     gc.collect()
@@ -169,13 +198,17 @@ def _peak(which: str, size: int, threads: int) -> float:
     return ((resident("VmHWM") or 0) - before) * 1024
 
 
-def measure(quick: bool, size: int) -> dict[str, Any]:
+def measure(quick: bool, size: int, checkout: Path | None) -> dict[str, Any]:
     """All figures."""
     repeats, passes = (1, 2) if quick else (3, 4)
-    found: dict[str, list[tuple[float, float]]] = {which: [] for which in WAYS}
+    ways = [which for which in WAYS if which != PEER or checkout is not None]
+    against = ways[-1] if checkout is not None else "plain"
+    if checkout is not None:
+        unlearning_peer.enter(checkout)
+    found: dict[str, list[tuple[float, float]]] = {which: [] for which in ways}
     per_update("ours", size, size, 2)
     for _ in range(repeats):
-        for which in WAYS:
+        for which in ways:
             found[which].append(per_update(which, size, size, passes))
     wall, cpu = (
         {which: statistics.median(pair[place] for pair in pairs) for which, pairs in found.items()}
@@ -190,21 +223,22 @@ def measure(quick: bool, size: int) -> dict[str, Any]:
                     model_handle(), facts(count, "book"), facts(count, "city"), size, 2
                 )
             )[0]
-            for which in WAYS
+            for which in ("plain", "ours")
         }
     handle = model_handle()
     copied = sum(p.numel() * p.element_size() for p in handle.model.parameters())
     threads = torch.get_num_threads()
-    peaks = {which: peak(which, size, threads) for which in WAYS} if STATUS.is_file() else None
+    peaks = {which: peak(which, size, threads, checkout) for which in ways} if STATUS.is_file() else None
     return {
         "schema_version": 1,
         "command": "unlearning_step",
         "seed": 0,
-        "ratio": wall["plain"] / wall["ours"],
-        "cpu_ratio": cpu["plain"] / cpu["ours"],
+        "against": against,
+        "ratio": wall[against] / wall["ours"],
+        "cpu_ratio": cpu[against] / cpu["ours"],
         "seconds_per_update": wall,
         "cpu_seconds_per_update": cpu,
-        "saved_share": None if peaks is None else (peaks["plain"] - peaks["ours"]) / copied,
+        "saved_share": None if peaks is None else (peaks[against] - peaks["ours"]) / copied,
         "peak_bytes": peaks,
         "reference_bytes": copied,
         "growth_seconds": growth,
@@ -226,10 +260,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one repeat, fewer updates, no growth")
     parser.add_argument("--threads", type=int, help="torch threads; torch's own choice without")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--open-unlearning", type=Path, help="a checkout of locuslab/open-unlearning")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    figures = measure(options.quick, options.batch_size)
+    figures = measure(options.quick, options.batch_size, options.open_unlearning)
     text = json.dumps(figures, indent=2)
     print(text)
     if options.json:
