@@ -190,10 +190,11 @@ def _train_weights(
         before = [checksum(parameter) for parameter in others]
         try:
             notes = _run(make_trainer(model, Reference(model, old_bits)), resume)
+            # Nobody reads them any more; on large models gradients are as large as the change that is made next.
+            for parameter in parameters.values():
+                parameter.grad = None
             deltas: dict[str, Delta] = {}
             for name, weight in chosen.items():
-                # Nobody reads it any more; on large models gradients are as large as the change.
-                weight.parameter.grad = None
                 wide = torch.promote_types(weight.parameter.dtype, torch.float32)
                 change = weight.parameter.detach().to(wide) - pristine(name).to(wide)
                 deltas[name] = Dense(change.T if weight.transposed else change)
