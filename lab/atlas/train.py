@@ -6,11 +6,9 @@ because they meet twice a step and not a thousand times. They share parameters, 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,16 +21,15 @@ import torch
 from torch import Tensor
 
 from lab.atlas import lean
-from lab.atlas.checkpoint import load_checkpoint, save_checkpoint
+from lab.atlas.checkpoint import load_checkpoint
 from lab.atlas.optimizer import initial_state, share_out, update
 from lab.atlas.packing import Batch, Shard, TextWithAnswers, encode_documents, make_batch, pack
+from lab.atlas.progress import Log
 from lab.atlas.recipe import Recipe
 from lab.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-CHECKPOINT_SECONDS = 300.0
 
 
 class Source(Protocol):
@@ -85,7 +82,7 @@ class Settings:
 
 
 @dataclass
-class _Shared:
+class Shared:
     """What the processes of a run have in common; all tensors lie in shared memory."""
 
     params: dict[str, Tensor]
@@ -175,7 +172,7 @@ def _ignore(line: str) -> None:
 
 def _begin(
     recipe: Recipe, settings: Settings, resume: bool, start: Mapping[str, Tensor] | None = None
-) -> _Shared:
+) -> Shared:
     found = load_checkpoint(settings.work) if resume else None
     control, places = torch.zeros(5, dtype=torch.float64), torch.zeros(recipe.workers, 2, dtype=torch.int64)
     if found is None:
@@ -204,7 +201,7 @@ def _begin(
     def place(value: Tensor) -> Tensor:
         return value.to(device) if device.type != "cpu" else value.contiguous().share_memory_()
 
-    return _Shared(
+    return Shared(
         params={name: place(value) for name, value in params.items()},
         state={name: place(value) for name, value in state.items()},
         grads=[place(torch.zeros(size)) for _ in range(recipe.workers)],
@@ -266,7 +263,7 @@ def _run(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
     settings: Settings,
-    shared: _Shared,
+    shared: Shared,
     max_steps: int,
 ) -> None:
     if settings.device == "cpu":
@@ -278,7 +275,7 @@ def _run(
     ]
     mine = share_out(shared.params, recipe, processes)[rank]
     views = _views(shared)
-    log = _Log(recipe, source, tokenizer, settings, shared) if rank == 0 else None
+    log = Log(recipe, source, tokenizer, settings, shared) if rank == 0 else None
     done = 0
 
     def meet() -> None:
@@ -292,7 +289,7 @@ def _run(
 
 
 @contextmanager
-def _halting(log: _Log | None) -> Iterator[None]:
+def _halting(log: Log | None) -> Iterator[None]:
     """While inside, the first interrupt ends the run after its step, with a checkpoint; a second one ends it at once."""
     if log is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -316,12 +313,12 @@ def _halting(log: _Log | None) -> Iterator[None]:
 def _step(
     recipe: Recipe,
     settings: Settings,
-    shared: _Shared,
+    shared: Shared,
     compute: Callable[..., tuple[Tensor, Tensor]],
     feeds: Sequence[_Feed],
     mine: Sequence[str],
     views: Sequence[Mapping[str, Tensor]],
-    log: _Log | None,
+    log: Log | None,
     meet: Callable[[], None],
     done: int,
     max_steps: int,
@@ -346,7 +343,7 @@ def _step(
     return stop
 
 
-def _views(shared: _Shared) -> list[dict[str, Tensor]]:
+def _views(shared: Shared) -> list[dict[str, Tensor]]:
     return [_split(flat, shared.params) for flat in shared.grads]
 
 
@@ -362,7 +359,7 @@ def _gradient(
     compute: Callable[..., tuple[Tensor, Tensor]],
     recipe: Recipe,
     settings: Settings,
-    shared: _Shared,
+    shared: Shared,
     views: Mapping[str, Tensor],
     feed: _Feed,
 ) -> None:
@@ -388,141 +385,10 @@ def _gradient(
     shared.losses[feed.worker] = torch.stack([loss.detach(), inside]).cpu()
 
 
-def _mean_gradient(shared: _Shared, recipe: Recipe) -> Tensor:
+def _mean_gradient(shared: Shared, recipe: Recipe) -> Tensor:
     # Summed in one fixed order, so that the number of processes changes no bit.
     total = shared.grads[0].clone()
     for other in shared.grads[1:]:
         total += other
     total /= len(shared.grads)
     return total.mul_(torch.clamp(recipe.clip / (total.norm() + 1e-6), max=1.0))
-
-
-class _Log:
-    """Progress, checkpoints, probes and the clock; only the first process has one."""
-
-    def __init__(
-        self, recipe: Recipe, source: Source, tokenizer: Any, settings: Settings, shared: _Shared
-    ) -> None:
-        self.recipe, self.settings, self.shared = recipe, settings, shared
-        self.tokenizer = tokenizer
-        self.probes = source.probes() if settings.probe_seconds else {}
-        now = time.monotonic()
-        self._last = self._saved = self._probed = self._told = now
-        self._since = (now, float(shared.control[4]))
-        self._losses: list[Tensor] = []
-        self.halted = False
-
-    def clock(self, last: bool) -> None:
-        """Counts time and decides whether this step is the last; runs before the first meeting of a step."""
-        control, now = self.shared.control, time.monotonic()
-        # A pause of the whole machine is not training time.
-        control[3] += min(now - self._last, 60.0)
-        self._last = now
-        if self.recipe.steps:
-            control[0] = float(control[2]) / self.recipe.steps
-            over = int(control[2]) + 1 >= self.recipe.steps
-        else:
-            control[0] = float(control[3]) / (60 * self.recipe.minutes)
-            over = float(control[0]) >= 1.0
-        control[1] = float(over or last or self.halted)
-
-    def after_step(self, factor: float, stop: bool) -> None:
-        """Counts the step; tells, probes and saves when it is time."""
-        control, now = self.shared.control, time.monotonic()
-        control[2] += 1
-        control[4] += self.recipe.batch_tokens * self.recipe.workers
-        self._losses.append(self.shared.losses.mean(0).clone())
-        if now - self._told > 20 or stop:
-            self._tell(factor, now)
-        if self.probes and (now - self._probed > self.settings.probe_seconds or stop):
-            self._write({"step": int(control[2]), "probes": self.recall()})
-            self._probed = time.monotonic()
-        if now - self._saved > CHECKPOINT_SECONDS or stop:
-            self._save()
-            self._saved = now
-
-    def _tell(self, factor: float, now: float) -> None:
-        control = self.shared.control
-        began, tokens = self._since
-        speed = (float(control[4]) - tokens) / max(1e-9, now - began)
-        loss, answers = torch.stack(self._losses).mean(0).tolist()
-        self._since, self._told, self._losses = (now, float(control[4])), now, []
-        if self.recipe.steps:
-            left = (self.recipe.steps - float(control[2])) * self.recipe.batch_tokens * self.recipe.workers
-            left /= max(1e-9, speed)
-        else:
-            left = max(0.0, 60 * self.recipe.minutes - float(control[3]))
-        self.settings.report(
-            f"{self.recipe.name} step {int(control[2])} loss {loss:.3f} answers {answers:.3f} "
-            f"{speed:.0f} tokens/s {float(control[4]) / 1e6:.1f} M tokens, {left / 60:.0f} min left"
-        )
-        row = {"step": int(control[2]), "tokens": int(control[4]), "seconds": round(float(control[3]), 1)}
-        self._write(row | {"loss": loss, "answers": answers, "tokens_per_second": speed, "factor": factor})
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        if "probes" in row:
-            figures = " ".join(f"{name} {value:.2f}" for name, value in row["probes"].items())
-            self.settings.report(f"{self.recipe.name} step {row['step']} probes: {figures}")
-        with (self.settings.work / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(row)) + "\n")
-
-    def _save(self) -> None:
-        control = self.shared.control
-        progress = {"recipe": self.recipe.to_json(), "places": self.shared.places.tolist()}
-        progress |= {
-            "step": int(control[2]),
-            "seconds": float(control[3]),
-            "tokens": int(control[4]),
-            "finished": int(control[2]) >= self.recipe.steps
-            if self.recipe.steps
-            else float(control[0]) >= 1.0,
-        }
-        save_checkpoint(self.settings.work, self.shared.params, self.shared.state, progress)
-
-    def recall(self) -> dict[str, float]:
-        """Share of each probe set whose greedy continuation is the answer, judged by one pass over prompt and answer."""
-        return {
-            name: recall(self.shared.params, self.recipe, self.tokenizer, pairs, self.settings)
-            for name, pairs in self.probes.items()
-        }
-
-
-@torch.no_grad()
-def recall(
-    params: Mapping[str, Tensor],
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerFast,
-    pairs: list[tuple[str, str]],
-    settings: Settings,
-) -> float:
-    """Share of (prompt, answer) pairs in which every token of the answer is the most probable one."""
-    shape, right = recipe.shape, 0
-    leaves = lean.working_copy(params, shape, settings.dtype)
-    device = torch.device(settings.device)
-    rows = []
-    for prompt, answer in pairs:
-        head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        rows.append((head, tokenizer(answer, add_special_tokens=False)["input_ids"]))
-    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-    for start in range(0, len(rows), 32):
-        part = rows[start : start + 32]
-        length = max(len(head) + len(tail) for head, tail in part)
-        ids = torch.full((len(part), length), int(tokenizer.pad_token_id))  # type: ignore[arg-type]
-        for row, (head, tail) in enumerate(part):
-            ids[row, : len(head) + len(tail)] = torch.tensor([*head, *tail])
-        mask = torch.full((1, 1, length, length), -1e4).triu(1).expand(len(part), -1, -1, -1)
-        positions = torch.arange(length).repeat(len(part))
-        hidden = lean.hidden_states(
-            leaves,
-            shape,
-            ((length, len(part)),),
-            ids.view(-1).to(device),
-            positions.to(device),
-            (mask.to(device),),
-        )
-        matrix = leaves[lean.embedding_name(shape)].to(hidden.dtype)
-        for row, (head, tail) in enumerate(part):
-            first = row * length + len(head) - 1
-            best = (hidden[first : first + len(tail)] @ matrix.t()).argmax(-1).cpu()
-            right += int(best.tolist() == tail)
-    return right / max(1, len(rows))

@@ -16,9 +16,10 @@ import torch
 from lab.atlas import lean, packing
 from lab.atlas.checkpoint import export_model, load_checkpoint, save_checkpoint
 from lab.atlas.optimizer import orthogonalize
+from lab.atlas.progress import recall
 from lab.atlas.recipe import Recipe, Shape
 from lab.atlas.tokenizer import train_tokenizer
-from lab.atlas.train import Settings, recall, train
+from lab.atlas.train import Settings, train
 from lab.errors import ConfigError
 
 SUBJECTS = ("Ada Vane", "Orsin Quarvell", "Brenn Labs", "Mirow", "Keld", "Tamsin Hale")
