@@ -134,6 +134,28 @@ class TargetLines:
         """Log-probabilities of the lines, ``[line, vocabulary]``, from ``logits[row, kept, vocabulary]``; fp32 or wider."""
         return log_probs(logits[self.row, self.column])
 
+    def split(self, sizes: Sequence[int]) -> list[TargetLines]:
+        """Cuts the batch after so many rows each; columns and padding stay those of the whole.
+
+        Args:
+            sizes: Rows of each part, in order; together all of them.
+        """
+        found, start = [], 0
+        for size in sizes:
+            end = start + size
+            inside = (self.row >= start) & (self.row < end)
+            found.append(
+                TargetLines(
+                    self.batch.rows(slice(start, end)),
+                    self.keep,
+                    self.row[inside] - start,
+                    self.column[inside],
+                    self.label[inside],
+                )
+            )
+            start = end
+        return found
+
     def row_losses(self, table: Tensor) -> Tensor:
         """Mean negative log-probability of each row's target tokens, ``[row]``, from what ``of`` gave."""
         lines = -table.gather(1, self.label[:, None])[:, 0]

@@ -32,6 +32,11 @@ class Batch:
     position_ids: Tensor
     prompt_last: Tensor | None = None
 
+    def rows(self, chosen: slice) -> Batch:
+        """Some rows, with the padding that they have."""
+        last = None if self.prompt_last is None else self.prompt_last[chosen]
+        return Batch(self.input_ids[chosen], self.attention_mask[chosen], self.position_ids[chosen], last)
+
     @property
     def lengths(self) -> Tensor:
         """Real tokens per row, ``[batch]``."""

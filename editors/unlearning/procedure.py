@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from editors.tuning import TargetLines
-from editors.unlearning.sides import Kind
 from lab.trace import Site
 
 if TYPE_CHECKING:
@@ -88,10 +87,10 @@ class Procedure:
 
     def step(self, run: UnlearningTrainer, picked: Sequence[int], beside: Sequence[int]) -> Step:
         """The terms of one update."""
-        batch: dict[Kind, Answers] = {kind: run.answers(kind, picked) for kind in run.objective.reads}
+        batch, retained = run.together(run.objective.reads, picked, beside)
         assert run.objective.forget is not None  # a procedure of its own replaces this step
         forget = run.objective.forget(batch, run.config)
-        return self.with_retained(run, {"forget": forget}, batch.get("answer"), beside)
+        return self.joined(run, {"forget": forget}, batch.get("answer"), retained)
 
     def with_retained(
         self,
@@ -100,11 +99,20 @@ class Procedure:
         answer: Answers | None,
         beside: Sequence[int],
     ) -> Step:
-        """Adds the objective's retain term."""
+        """Adds the objective's retain term on some retained facts, which the model is run on here."""
+        return self.joined(run, terms, answer, run.retained_answers(beside) if beside else None)
+
+    def joined(
+        self,
+        run: UnlearningTrainer,
+        terms: Mapping[str, Tensor],
+        answer: Answers | None,
+        retained: Answers | None,
+    ) -> Step:
+        """Adds the objective's retain term on a batch of retained answers."""
         weights = {"forget": run.config.forget_weight}
-        if not beside:
+        if retained is None:
             return Step(terms, weights, answer)
-        retained = run.retained_answers(beside)
         return Step(
             {**terms, "retain": run.retain_term(retained)},
             {**weights, "retain": run.config.retain_weight},

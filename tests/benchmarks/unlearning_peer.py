@@ -41,18 +41,20 @@ def npo(
     forget: Sequence[Fact],
     retain: Sequence[Fact],
     collate: Collate,
+    mark: Callable[[], None],
     *,
     size: int,
     passes: int,
     beta: float,
     rate: float,
     decay: float,
-) -> int:
-    """Its NPO, full weights in fp32 with AdamW, on batches in our order and padding; returns its updates.
+) -> None:
+    """Its NPO, full weights in fp32 with AdamW, on batches in our order and padding; calls ``mark`` after every update.
 
-    Its defaults are kept where they mean something on a CPU: mean of the retained answers' loss, clipping at 1.
+    Its defaults are kept where they mean something on a CPU: mean of the retained answers' loss, clipping at 1. Its paged AdamW
+    needs a GPU; the fused one of torch, which transformers takes by default, is the fastest there is here.
     """
-    from transformers import TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
 
     theirs: Any = importlib.import_module("trainer.unlearn.npo").NPO
 
@@ -63,6 +65,10 @@ def npo(
 
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
             return None  # in order
+
+    class Marks(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            mark()
 
     def batch(places: Sequence[int]) -> dict[str, dict[str, Any]]:
         sides = {"forget": forget, "retain": retain}
@@ -85,7 +91,7 @@ def npo(
             learning_rate=rate,
             lr_scheduler_type="constant",
             weight_decay=decay,
-            optim="adamw_torch",
+            optim="adamw_torch_fused",
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -99,7 +105,7 @@ def npo(
             args=arguments,
             train_dataset=list(range(len(forget))),
             data_collator=batch,
+            callbacks=[Marks()],
             beta=beta,
         )
         trainer.train()
-    return trainer.state.global_step

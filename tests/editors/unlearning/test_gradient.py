@@ -307,13 +307,13 @@ def test_more_retained_facts_beside_those_to_forget_and_all_before_one_comes_aga
         replace(RETAIN[0], subject=name, id=name) for name in ("Japan", "Korea", "China", "India", "Nepal")
     ]
     seen = []
-    plain = UnlearningTrainer.retained_answers
+    plain = UnlearningTrainer.together
 
-    def watched(self, picked, **options):
-        seen.append(list(picked))
-        return plain(self, picked, **options)
+    def watched(self, kinds, picked, beside):
+        seen.append(list(beside))
+        return plain(self, kinds, picked, beside)
 
-    monkeypatch.setattr(UnlearningTrainer, "retained_answers", watched)
+    monkeypatch.setattr(UnlearningTrainer, "together", watched)
     settings = {"lr": 1e-3, "epochs": 5, "batch_size": 1, "retain_batch": 3, **NEVER}
     get_unlearner("graddiff", **settings).unlearn(family_handle("llama"), FORGET, retain)
     assert [len(picked) for picked in seen] == [3] * 10
