@@ -213,6 +213,8 @@ class UnlearningTrainer(Passes):
             if not picked:
                 continue
             loss = torch.stack([step.weights[name] * term for name, term in step.terms.items()]).sum()
+            # Logits of a large vocabulary, which nobody reads from here on.
+            del step
             assert self.adam is not None
             self.adam.zero_grad()
             loss.backward()
@@ -223,6 +225,8 @@ class UnlearningTrainer(Passes):
                 for group in self.adam.param_groups:
                     group["lr"] = self.config.lr * (1 - number / len(self._plan))
             self.adam.step()
+            # As large as the model; the next forward pass has no use for them.
+            self.adam.zero_grad()
         # Its memory is as large as two models; the patch is made behind it.
         self.adam = None
         self.notes = {
