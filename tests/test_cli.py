@@ -13,6 +13,7 @@ import pytest
 from lab.cli.output import check_out, strict
 from lab.cli.root import build_app, describe, run
 from lab.errors import DataError, OutputExistsError
+from lab.patch import WeightPatch
 from tests.commands import call, result
 
 
@@ -160,6 +161,19 @@ class TestPatch:
         )
         assert document["patch"]["rank"] == 2
         assert (tmp_path / "both" / "patch.json").is_file()
+
+    def test_scale_takes_a_dose(self, capsys, tmp_path, standin, saved_patch):
+        half = tmp_path / "half"
+        document = result(capsys, tmp_path, "patch", "scale", saved_patch, "--by", 0.5, "--out", half)
+        norms = [WeightPatch.load(folder).norms() for folder in (saved_patch, half)]
+        assert norms[0] and norms[1] == pytest.approx({name: norm / 2 for name, norm in norms[0].items()})
+        assert document["patch"]["norms"] == pytest.approx(norms[1])
+        back = tmp_path / "nothing"
+        result(capsys, tmp_path, "patch", "compose", half, half, "--out", tmp_path / "whole")
+        result(capsys, tmp_path, "patch", "scale", tmp_path / "whole", "--by", "0", "--out", back)
+        assert set(WeightPatch.load(back).norms().values()) == {0.0}
+        code, _, err = call(capsys, "patch", "scale", saved_patch, "--by", "nan", "--out", tmp_path / "nan")
+        assert code == 2 and "finite" in err and not (tmp_path / "nan").exists()
 
     @pytest.mark.parametrize("form", ["peft", "hf"])
     def test_exports_answer_like_the_patch(self, form, capsys, tmp_path, standin, saved_patch):

@@ -1,4 +1,4 @@
-"""``knowlab patch``: look at a saved change, prove it, combine it, hand it to other tools."""
+"""``knowlab patch``: look at a saved change, prove it, combine or scale it, hand it to other tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 group = typer.Typer(
-    help="Saved changes: show, verify, compose, merge into a model, export.", no_args_is_help=True
+    help="Saved changes: show, verify, compose, scale, merge into a model, export.", no_args_is_help=True
 )
 app.add_typer(group, name="patch")
 
@@ -161,6 +161,40 @@ def compose(folders: Folders, out: OutFolder, force: opt.Force = False, json: op
         "patch": {"path": out, "rank": total.rank},
     }
     write_json(json, "patch compose", total.provenance.seed, content)
+
+
+@group.command()
+def scale(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved patch.", show_default=False)],
+    by: Annotated[
+        float,
+        typer.Option("--by", help="0 is nothing, 1 the patch itself, -1 its opposite.", show_default=False),
+    ],
+    out: OutFolder,
+    force: opt.Force = False,
+    json: opt.Json = None,
+) -> None:
+    """Write a patch times a number: a dose of it.
+
+    Example: `knowlab patch scale results/npo --by 0.5 --out results/npo-half`
+    """
+    import math
+
+    from lab.patch import WeightPatch
+
+    if not math.isfinite(by):
+        raise ConfigError(f"a patch cannot be taken {by} times; give a finite number")
+    before = WeightPatch.load(folder)
+    scaled = before.scaled(by)
+    scaled.save(out, overwrite=force)
+    console(json).print(f"{by:g} times {folder} -> {out}")
+    content = {
+        "id": scaled.id,
+        "of": before.id,
+        "factor": by,
+        "patch": {"path": out, "norms": scaled.norms()},
+    }
+    write_json(json, "patch scale", scaled.provenance.seed, content)
 
 
 @group.command()
