@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lab.handle import ModelHandle
 
 _TOKENS = 10
+"""Tokens of a sample; more where an answer is longer."""
 
 
 def leak_at(successes: int, samples: int, k: int) -> float:
@@ -70,9 +71,17 @@ class Sampling:
 def _successes(subject: AuditSubject, handle: ModelHandle, facts: Sequence[Fact], samples: int) -> list[int]:
     """How many samples of each fact begin with its object."""
     prompts = handle.rewrite([subject.prompt(fact) for fact in facts])
+    # What stands behind an answer decides where it ends, so that room for a token more is left.
+    lengths = [
+        max(
+            _TOKENS,
+            *(len(encode_ids(handle.tokenizer, answer, special=False)) + 2 for answer in fact.answers),
+        )
+        for fact in facts
+    ]
     starts = [
-        Start(tuple(encode_ids(handle.tokenizer, prompt)), _TOKENS, _seed(subject.seed, prompt, number))
-        for prompt in prompts
+        Start(tuple(encode_ids(handle.tokenizer, prompt)), length, _seed(subject.seed, prompt, number))
+        for prompt, length in zip(prompts, lengths, strict=True)
         for number in range(samples)
     ]
     texts = continue_rows(handle, starts, top_k=int(handle.config.vocab_size))

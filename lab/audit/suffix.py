@@ -1,11 +1,13 @@
 """``suffix``: one string of tokens behind every prompt that makes the answers come out (dynamic unlearning attack).
 
 The suffix is found by greedy coordinate gradient (arXiv 2307.15043) on half of the facts and judged on the other half, as
-arXiv 2408.10682 does to see whether a suffix opens a model or merely dictates an answer.
+arXiv 2408.10682 does to see whether a suffix opens a model or merely dictates an answer. Controls are asked behind suffixes of their
+own and behind those of the facts, and the higher of the two counts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,11 +62,12 @@ class Suffix:
         sources = {"found_here": None, **({"carried_over": subject.base} if subject.base is not None else {})}
         table: dict[str, dict[str, list[float]]] = {}
         texts: dict[str, list[str]] = {}
+        ours: dict[str, list[list[int]]] = {}
         runs = [(source, side) for source in sources for side in sides]
         for done, (source, (side, handle, facts)) in enumerate(runs):
             report_progress(self.name, done, len(runs))
-            scores = [0.0] * len(facts)
-            for train, test in halves(len(facts), subject.seed):
+            scores, others = [0.0] * len(facts), [0.0] * len(facts)
+            for place, (train, test) in enumerate(halves(len(facts), subject.seed)):
                 origin = sources[source] or handle
                 found = find_suffix(
                     origin,
@@ -76,10 +79,14 @@ class Suffix:
                 )
                 texts.setdefault(f"{source}/{side}", []).append(handle.decode(found))
                 rows = _rows(subject, handle, [facts[i] for i in test])
-                values = written_logprobs(handle, _lines(handle, rows, [found] * len(rows)))
-                for index, value in zip(test, values.exp().clamp_max(1.0).tolist(), strict=True):
-                    scores[index] = value
-            table.setdefault(source, {})[side] = scores
+                _fill(scores, test, handle, rows, found)
+                if side == "facts":
+                    ours.setdefault(source, []).append(found)
+                else:
+                    # All facts of a half share one suffix, so that luck in finding it is luck of the whole half, which no
+                    # spread between facts shows. A control gets the facts' suffixes too, and counts with the better pair.
+                    _fill(others, test, handle, rows, ours[source][place])
+            table.setdefault(source, {})[side] = max(scores, others, key=math.fsum)
         report_progress(self.name, len(runs), len(runs))
         found_scores = {source: Scores.of(arm) for source, arm in table.items()}
         return worst_variant(
@@ -91,6 +98,19 @@ class Suffix:
             note="an empty suffix stands where none beat the bare prompt; the paper's budgets are 100 to 500 steps, 512 swaps",
             details={"suffixes": texts},
         )
+
+
+def _fill(
+    scores: list[float],
+    places: Sequence[int],
+    handle: ModelHandle,
+    rows: Sequence[Row],
+    suffix: Sequence[int],
+) -> None:
+    """Puts the probabilities of the rows' targets behind a suffix where they belong."""
+    values = written_logprobs(handle, _lines(handle, rows, [suffix] * len(rows)))
+    for index, value in zip(places, values.exp().clamp_max(1.0).tolist(), strict=True):
+        scores[index] = value
 
 
 def _rows(subject: AuditSubject, handle: ModelHandle, facts: Sequence[Fact]) -> list[Row]:

@@ -247,6 +247,46 @@ def test_a_suffix_helps_what_it_was_found_for_or_is_left_out(subject):
     assert not set().union(*found) & set(handle.tokenizer.all_special_ids)
 
 
+def test_a_control_is_asked_behind_the_suffixes_of_the_facts_too(subject, monkeypatch):
+    handle, bare = subject.handle, Controls(never=NEVER)
+    rows = text_ids(handle, [(fact.text, fact.object) for fact in NEVER])
+
+    def mean(suffix: list[int]) -> float:
+        lines = id_lines(handle, [([*prompt, *suffix], target) for prompt, target in rows])
+        return float(written_logprobs(handle, lines).exp().mean())
+
+    tokens = range(8, len(handle.tokenizer))
+    for suffix, expected in (
+        ([max(tokens, key=lambda token: mean([token]))], lambda it: mean(it)),
+        ([min(tokens, key=lambda token: mean([token]))], lambda _: mean([])),
+    ):
+        # The facts come first, in two halves; the control finds nothing of its own.
+        found = iter([suffix, suffix, [], []])
+        monkeypatch.setattr("lab.audit.suffix.find_suffix", lambda *_a, found=found, **_k: next(found))
+        result = ATTACKS.get("suffix")().run(replace(subject, controls=bare, base=None), quiet)
+        assert result.controls["never"].mean == pytest.approx(expected(suffix), rel=1e-5)
+        assert next(found, None) is None
+    assert mean([]) > mean(suffix)
+
+
+def test_samples_are_as_long_as_the_answers(subject, monkeypatch):
+    long = replace(FACTS[0], object="the city of Paris in France and the city of Tokyo in Japan as well")
+    asked = []
+    monkeypatch.setattr(
+        "lab.audit.sampling.continue_rows",
+        lambda _handle, starts, **_: asked.extend(starts) or [[] for _ in starts],
+    )
+    ATTACKS.get("sampling")().run(
+        replace(subject, facts=(long, *FACTS[1:]), controls=Controls(never=NEVER)), quiet
+    )
+    wanted = len(subject.handle.tokenizer(long.object)["input_ids"])
+    assert wanted > 10
+    assert {
+        start.tokens > wanted for start in asked if "France" in subject.handle.decode(list(start.ids))
+    } == {True}
+    assert {start.tokens for start in asked if "Kenya" in subject.handle.decode(list(start.ids))} == {10}
+
+
 def test_context_never_tells_the_answer(subject, monkeypatch):
     told: list[tuple[str, str]] = []
 
