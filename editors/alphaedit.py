@@ -18,16 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editors.base import (
-    Editor,
-    EditorOptions,
-    Method,
-    carried,
-    check_layers,
-    key_stats,
-    make_patch,
-    settle,
-)
+from editors.base import Editor, EditorOptions, Method, check_layers, key_stats, settle
+from editors.patches import carried, make_patch
 from editors.rows import check_requests
 from editors.spread import (
     PREFIX_LENGTHS,

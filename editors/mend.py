@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from editors.base import Editor, EditorOptions, Method, low_rank
+from editors.base import Editor, EditorOptions, Method
 from editors.lessons import Lesson, divide
 from editors.mend_network import Factors, MendNetwork, edit_losses, edited_weights, gradient_factors
+from editors.patches import low_rank
 from editors.rows import check_requests
 from editors.trained import (
     TrainedNetwork,

@@ -15,21 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editors.base import (
-    Editor,
-    EditorOptions,
-    Method,
-    Plan,
-    check_layers,
-    key_stats,
-    low_rank,
-    make_patch,
-    settle,
-    stats_note,
-    temporarily,
-    value_trace,
-)
+from editors.base import Editor, EditorOptions, Method, Plan, check_layers, key_stats, settle
 from editors.keys import KeyValue, mean_over_contexts, read_keys
+from editors.patches import low_rank, make_patch, stats_note, temporarily, value_trace
 from editors.rows import FACT_TOKENS, FactToken, check_requests, request_rows
 from editors.values import Progress, ValueResult, optimise_value
 from lab.arch import Role

@@ -17,20 +17,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from editors.base import (
-    EditorOptions,
-    Plan,
-    check_layers,
-    key_stats,
-    low_rank,
-    make_patch,
-    settle,
-    stats_note,
-    temporarily,
-    value_trace,
-)
+from editors.base import EditorOptions, Plan, check_layers, key_stats, settle
 from editors.easing import Easing
 from editors.keys import mean_over_contexts
+from editors.patches import low_rank, make_patch, stats_note, temporarily, value_trace
 from editors.rows import FACT_TOKENS, EditRow, FactToken, check_requests, request_rows
 from editors.values import Progress, ValueResult, optimise_value
 from lab.arch import Role

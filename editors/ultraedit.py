@@ -18,7 +18,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from editors.base import Editor, EditorOptions, Method, carried, check_layers, make_patch, settle
+from editors.base import Editor, EditorOptions, Method, check_layers, settle
+from editors.patches import carried, make_patch
 from editors.rows import EditRow, check_requests, request_rows
 from editors.values import Progress, frozen
 from lab.arch import Role

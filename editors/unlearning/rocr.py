@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from editors.base import EditorOptions, carried, check_layers, key_stats, low_rank, stats_note, temporarily
+from editors.base import EditorOptions, check_layers, key_stats
 from editors.keys import read_keys, read_sites
+from editors.patches import carried, low_rank, stats_note, temporarily
 from editors.prefixes import Prefixes
 from editors.rows import EditRow, request_rows
 from editors.tuning import check_positive
