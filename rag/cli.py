@@ -12,6 +12,7 @@ from rag import (
     cli_guard,
     cli_ledger,
     cli_preference,
+    cli_serve,
     index_cli,
 )
 
@@ -22,6 +23,7 @@ rag_app = typer.Typer(
 for part in (index_cli, cli_ask, cli_eval):
     rag_app.add_typer(part.app)
 app.add_typer(rag_app)
+app.add_typer(cli_serve.app)
 app.add_typer(cli_ledger.app)
 app.add_typer(cli_guard.app)
 app.add_typer(cli_preference.app)

@@ -1,8 +1,7 @@
-"""Commands over the ledger: ``ledger list|edit|forget|apply|restore|rollback|reconcile|check``, and ``serve``."""
+"""Commands over the ledger: ``ledger list|edit|forget|apply|restore|rollback|reconcile|check``."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,12 +10,25 @@ import typer
 
 from lab.cli import options as opt
 from lab.cli.output import console, table, write_json
-from lab.errors import ConfigError, RequestError
+from lab.errors import ConfigError
+from rag.cli_ledger_options import (
+    HOME,
+    PANEL,
+    Documents,
+    Folder,
+    Object,
+    OnConflict,
+    Prompt,
+    Read,
+    Relation,
+    Store,
+    Subject,
+    open_ledger,
+    open_store,
+)
 
 if TYPE_CHECKING:
-    from lab.handle import ModelHandle
-    from rag.ledger import Entry, Ledger, Outcome
-    from rag.store import DocumentStore
+    from rag.ledger import Entry, Outcome
 
 app = typer.Typer()
 ledger_app = typer.Typer(
@@ -25,90 +37,6 @@ ledger_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(ledger_app)
-
-PANEL = "Ledger"
-
-Folder = Annotated[Path, typer.Option("--ledger", help="Folder of the ledger.", rich_help_panel=PANEL)]
-Store = Annotated[
-    Path | None,
-    typer.Option(
-        "--store", help="Index of documents (`knowlab rag index`).", rich_help_panel=PANEL, show_default=False
-    ),
-]
-Documents = Annotated[
-    Path | None,
-    typer.Option(
-        "--documents",
-        help="Folder of text files, read at every start, instead of an index.",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
-Subject = Annotated[str, typer.Option("--subject", help="Who or what it is about.", rich_help_panel=PANEL)]
-Relation = Annotated[
-    str, typer.Option("--relation", help="Which of its attributes: capital.", rich_help_panel=PANEL)
-]
-Object = Annotated[
-    str,
-    typer.Option(
-        "--object",
-        help="What has been right so far, where the built-in world does not know.",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
-Prompt = Annotated[
-    str,
-    typer.Option(
-        "--prompt",
-        help="Cloze with `{}` for the subject, where the built-in world has none.",
-        rich_help_panel=PANEL,
-        show_default=False,
-    ),
-]
-OnConflict = Annotated[
-    str,
-    typer.Option(
-        "--on-conflict",
-        help="What happens to documents that say otherwise: edit_wins, annotate, rewrite, doc_wins or ask.",
-        rich_help_panel=PANEL,
-    ),
-]
-Read = Annotated[
-    bool,
-    typer.Option(
-        "--read-documents/--match-words",
-        help="Find conflicts by the model's notes on each document, or by words alone.",
-        rich_help_panel=PANEL,
-    ),
-]
-_HOME = Path("ledger")
-
-
-def _store(store: Path | None, documents: Path | None, *, write: bool) -> DocumentStore:
-    from rag.store import MemoryStore
-
-    if store is not None and documents is not None:
-        raise ConfigError("give --store or --documents, not both")
-    if store is not None:
-        from rag.index import open_index
-
-        return open_index(store, write=write)
-    if documents is not None:
-        from rag.app.service import read_folder
-
-        return MemoryStore(read_folder(documents))
-    return MemoryStore()
-
-
-def _open(
-    folder: Path, store: DocumentStore, handle: ModelHandle | None, *, read: bool = False, write: bool = True
-) -> Ledger:
-    from rag.ledger import HandleWeights, Ledger, NotesFinder
-
-    finder = NotesFinder(handle) if read and handle is not None else None
-    weights = HandleWeights(handle) if handle is not None else None
-    return Ledger(folder, store, weights, finder=finder, write=write)
 
 
 def _say(command: str, outcome: Outcome, json: Path | None, **more: Any) -> None:
@@ -138,7 +66,7 @@ def edit(
     ] = "rome",
     on_conflict: OnConflict = "edit_wins",
     read: Read = False,
-    ledger: Folder = _HOME,
+    ledger: Folder = HOME,
     store: Store = None,
     documents: Documents = None,
     model: opt.Model = "atlas",
@@ -157,7 +85,7 @@ def edit(
     fact = named_fact(subject, relation, object=object, prompt=prompt)
     handle = open_model(model, patch, device=device, dtype=dtype)
     make = edit_maker(handle, editor, fact, target, seed=seed)
-    with _open(ledger, _store(store, documents, write=True), handle, read=read) as book:
+    with open_ledger(ledger, open_store(store, documents, write=True), handle, read=read) as book:
         outcome = book.edit(
             fact, target, make, on_conflict=policy, question=question_of(fact), names=names_of(fact)
         )
@@ -180,7 +108,7 @@ def forget(
     ] = "rome",
     on_conflict: OnConflict = "edit_wins",
     read: Read = False,
-    ledger: Folder = _HOME,
+    ledger: Folder = HOME,
     store: Store = None,
     documents: Documents = None,
     model: opt.Model = "atlas",
@@ -199,7 +127,7 @@ def forget(
     fact = named_fact(subject, relation, object=object, prompt=prompt)
     handle = open_model(model, patch, device=device, dtype=dtype)
     make = None if method == "none" else forget_maker(handle, method, fact, seed=seed)
-    with _open(ledger, _store(store, documents, write=True), handle, read=read) as book:
+    with open_ledger(ledger, open_store(store, documents, write=True), handle, read=read) as book:
         outcome = book.forget(
             fact, make, on_conflict=policy, question=question_of(fact), names=names_of(fact)
         )
@@ -225,7 +153,7 @@ def apply_file(
     ] = "rome",
     on_conflict: OnConflict = "edit_wins",
     read: Read = False,
-    ledger: Folder = _HOME,
+    ledger: Folder = HOME,
     store: Store = None,
     documents: Documents = None,
     model: opt.Model = "atlas",
@@ -243,7 +171,7 @@ def apply_file(
     changes = read_changes(file)
     handle = open_model(model, patch, device=device, dtype=dtype)
     outcomes = []
-    with _open(ledger, _store(store, documents, write=True), handle, read=read) as book:
+    with open_ledger(ledger, open_store(store, documents, write=True), handle, read=read) as book:
         for change in changes:
             outcome = carry_out(book, handle, change, editor, method, on_conflict=policy, seed=seed)
             outcomes.append((change, outcome))
@@ -266,7 +194,7 @@ def apply_file(
 def restore(
     subject: Subject,
     relation: Relation,
-    ledger: Folder = _HOME,
+    ledger: Folder = HOME,
     store: Store = None,
     documents: Documents = None,
     json: opt.Json = None,
@@ -275,7 +203,7 @@ def restore(
     from rag.facts import relation_name
     from rag.ledger.values import fact_id
 
-    with _open(ledger, _store(store, documents, write=True), None) as book:
+    with open_ledger(ledger, open_store(store, documents, write=True), None) as book:
         outcome = book.restore(fact_id(subject, relation_name(relation)))
     _say("ledger restore", outcome, json)
 
@@ -283,26 +211,26 @@ def restore(
 @ledger_app.command()
 def rollback(
     entry: Annotated[int, typer.Argument(help="Number of the entry.", show_default=False)],
-    ledger: Folder = _HOME,
+    ledger: Folder = HOME,
     store: Store = None,
     documents: Documents = None,
     json: opt.Json = None,
 ) -> None:
     """Take an entry off, as if it had never been."""
-    with _open(ledger, _store(store, documents, write=True), None) as book:
+    with open_ledger(ledger, open_store(store, documents, write=True), None) as book:
         outcome = book.rollback(entry)
     _say("ledger rollback", outcome, json)
 
 
 @ledger_app.command("list")
 def list_entries(
-    ledger: Folder = _HOME,
+    ledger: Folder = HOME,
     json: opt.Json = None,
 ) -> None:
     """List all entries; needs no model and waits for nobody."""
     from rag.store import MemoryStore
 
-    with _open(ledger, MemoryStore(), None, write=False) as book:
+    with open_ledger(ledger, MemoryStore(), None, write=False) as book:
         entries, contested, journal = book.entries(), book.contested(), book.rows.journal()
     rows = [_row(entry, contested) for entry in entries]
     columns = ("entry", "what", "subject", "relation", "now", "state", "patch")
@@ -322,7 +250,7 @@ def _row(entry: Entry, contested: list[int]) -> tuple[Any, ...]:
 
 @ledger_app.command()
 def reconcile(
-    ledger: Folder = _HOME,
+    ledger: Folder = HOME,
     store: Store = None,
     documents: Documents = None,
     model: Annotated[
@@ -335,7 +263,7 @@ def reconcile(
     from lab.cli.session import open_model
 
     handle = open_model(model) if model else None
-    with _open(ledger, _store(store, documents, write=True), handle) as book:
+    with open_ledger(ledger, open_store(store, documents, write=True), handle) as book:
         found = book.reconciled
     screen = console(json)
     for name, value in asdict(found).items():
@@ -345,13 +273,13 @@ def reconcile(
 
 @ledger_app.command()
 def check(
-    ledger: Folder = _HOME,
+    ledger: Folder = HOME,
     store: Store = None,
     documents: Documents = None,
     json: opt.Json = None,
 ) -> None:
     """Say what does not agree; changes nothing, fails where something does not."""
-    with _open(ledger, _store(store, documents, write=False), None, write=False) as book:
+    with open_ledger(ledger, open_store(store, documents, write=False), None, write=False) as book:
         problems = book.check()
     screen = console(json)
     for line in problems or ["ledger, patches and documents agree"]:
@@ -367,60 +295,3 @@ def _policy(name: str) -> Any:
     if name not in ON_CONFLICT:
         raise ConfigError(f"unknown --on-conflict {name!r}; use {', '.join(ON_CONFLICT)}")
     return name
-
-
-@app.command()
-def serve(
-    host: Annotated[
-        str,
-        typer.Option("--host", help="Where to listen; only this machine by default.", rich_help_panel=PANEL),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=1, max=65535, help="Port to listen on.", rich_help_panel=PANEL)
-    ] = 7860,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--token-file",
-            help="File with the token for verbs that write; KNOWLAB_TOKEN otherwise. Needed where others can reach the host.",
-            rich_help_panel=PANEL,
-            show_default=False,
-        ),
-    ] = None,
-    reader: Annotated[
-        str, typer.Option("--reader", help="See `knowlab list readers`.", rich_help_panel=PANEL)
-    ] = "con",
-    decoding: Annotated[
-        str, typer.Option("--decoding", help="As for `knowlab rag ask`.", rich_help_panel=PANEL)
-    ] = "greedy",
-    editor: Annotated[
-        str, typer.Option("--editor", "-e", help="`knowlab list editors`.", rich_help_panel=PANEL)
-    ] = "rome",
-    ledger: Folder = _HOME,
-    store: Store = None,
-    documents: Documents = None,
-    model: opt.Model = "atlas",
-    patch: opt.Patches = None,
-    device: opt.Device = "cpu",
-    dtype: opt.Dtype = "float32",
-) -> None:
-    """Serve the page and the HTTP API: ask with and without documents, change facts, undo."""
-    import uvicorn
-
-    from lab.cli.session import open_model
-    from rag.app.api import create_app
-    from rag.app.service import Service
-
-    token = os.environ.get("KNOWLAB_TOKEN")
-    if token_file is not None:
-        try:
-            token = token_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise RequestError(f"the token file {token_file} cannot be read: {error.strerror}") from None
-    held = _store(store, documents, write=True)
-    handle = open_model(model, patch, device=device, dtype=dtype)
-    with _open(ledger, held, handle) as book:
-        service = Service(handle, held, book, reader=reader, decoding=decoding, editor=editor)
-        made = create_app(service, host=host, token=token or None)
-        console().print(f"http://{host}:{port}/ (API: /docs); stop with Ctrl-C", markup=False)
-        uvicorn.run(made, host=host, port=port, log_level="warning")
