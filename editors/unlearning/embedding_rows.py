@@ -1,7 +1,7 @@
 """Gradients of the token embeddings by rows: a batch reads few of them, and autograd makes the whole table's gradient for it.
 
 On a table that is also the output head, autograd fills a second table with zeros, adds the rows that were read, and adds the two
-tables. Here the rows' gradients are added to the table's own where they belong. On GPT-2 small that is a fifteenth of an update.
+tables. Here the rows' gradients are added to the table's own where they belong.
 """
 
 from __future__ import annotations

@@ -200,6 +200,7 @@ def test_long_files_have_a_reason(texts):
     assert {name for name, length in lengths.items() if length > LONGEST} <= set(reasons)
     assert set(reasons) <= set(lengths)
     assert all(reasons.values())
+    assert not [name for name in reasons if lengths[name] <= 400], "no reason is needed any more"
 
 
 def test_every_entry_point_of_this_distribution_loads():

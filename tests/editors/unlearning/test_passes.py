@@ -9,14 +9,12 @@ from editors.unlearning import get_unlearner, passes
 from editors.unlearning.settings import GradientConfig
 from editors.unlearning.trainer import UnlearningTrainer
 from lab.records import Fact
+from tests.editors.unlearning.test_gradient import FORGET
+from tests.editors.unlearning.test_gradient import RETAIN as ONE_RETAINED
 from tests.tiny import tiny_handle
 
-FORGET = [
-    Fact("France", "capital", "Paris", "The capital of {} is", id="capital/France"),
-    Fact("Barack Obama", "spouse", "Michelle Obama", "{}'s wife is", id="spouse/Barack Obama"),
-]
 RETAIN = [
-    Fact("Japan", "capital", "Tokyo", "The capital of {} is", id="capital/Japan"),
+    *ONE_RETAINED,
     Fact("Kenya", "capital", "Nairobi", "The capital of the city of {} is", id="capital/Kenya"),
     Fact("Korea", "capital", "Seoul", "The capital of {} is", id="capital/Korea"),
 ]
