@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lab.audit.base import (
@@ -27,6 +28,7 @@ from lab.audit.depth import DepthCurve, patching_depth, unlearning_depth
 from lab.audit.fingerprints import NO_ORIGINAL
 from lab.audit.knowledge import HiddenKnowledge, hidden_knowledge
 from lab.audit.originals import Original, original_of
+from lab.audit.variants import worst_variant
 from lab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,14 +42,16 @@ HOLDS = 3.0
 class HiddenKnowledgeAttack:
     """Reads from hidden states what the model does not say: ``K`` of a linear probe beside ``K`` of the logits.
 
-    A fact's score is the probe's ``K``, so that 0.5 is chance; the controls give their own.
+    A fact's score is the probe's ``K``, so that 0.5 is chance; the controls give their own. There are two probes. One learns
+    on ``kept`` facts, as an outsider could. The other learns on ``audited`` facts about other subjects: a model that was trained
+    away from its answers ranks them below all others, which the first probe takes for ignorance and the second reads.
     """
 
     name = "hidden_knowledge"
     family: Family = "inside"
     access: Access = "white-box"
     paper = "arXiv 2503.15299 (Inside-Out)"
-    cost = "two forward passes per candidate answer, one logistic regression per layer"
+    cost = "four forward passes per candidate answer, two logistic regressions per layer"
     needs: tuple[str, ...] = ()
     alone = True
 
@@ -59,31 +63,41 @@ class HiddenKnowledgeAttack:
         near = sorted(subject.retained, key=lambda fact: fact.relation not in relations)
         training = near[: subject.pick(80, 500)]
         pool = (*subject.facts, *subject.controls.never, *subject.retained)
-        runs: list[HiddenKnowledge] = []
+        lessons = {"kept": training, "audited": ()} if training else {"audited": ()}
+        runs: dict[str, list[HiddenKnowledge]] = {}
 
-        def score(handle: ModelHandle, facts: Sequence[Fact]) -> list[float]:
-            report_progress(self.name, len(runs), 3)
+        def score(name: str, handle: ModelHandle, facts: Sequence[Fact]) -> list[float]:
+            report_progress(self.name, sum(map(len, runs.values())), 3 * len(lessons))
             found = hidden_knowledge(
-                handle, facts, training, pool=pool, count=count, seed=subject.seed, ask=subject.prompt
+                handle, facts, lessons[name], pool=pool, count=count, seed=subject.seed, ask=subject.prompt
             )
-            runs.append(found)
+            runs.setdefault(name, []).append(found)
             known = {each.id: each.internal for each in found.known}
             # A fact without a rival has nothing to rank: chance.
             return [known.get(fact.id or fact.text, 0.5) for fact in facts]
 
-        try:
-            scores = measured(subject, score)
-        except ConfigError as error:
-            return not_applicable(self, str(error))
-        report_progress(self.name, 3, 3)
-        names = ["audited", *(["oracle"] if scores.oracle else []), *(["never"] if scores.never else [])]
-        return result_of(
+        variants: dict[str, Scores] = {}
+        refused = ""
+        for name in lessons:
+            try:
+                variants[name] = measured(subject, partial(score, name))
+            except ConfigError as error:
+                refused = str(error)
+        if not variants:
+            return not_applicable(self, refused)
+        report_progress(self.name, 3 * len(lessons), 3 * len(lessons))
+        details: dict[str, Any] = {}
+        for name, scores in variants.items():
+            sides = ["facts", *(["oracle"] if scores.oracle else []), *(["never"] if scores.never else [])]
+            details[name] = {side: found.to_json() for side, found in zip(sides, runs[name], strict=True)}
+        return worst_variant(
             self,
             subject,
-            scores,
-            tried=f"{count} wrong answers per question at most, probes on every layer",
+            variants,
+            tried=f"{count} wrong answers per question at most, probes on every layer, learned on "
+            + " and on ".join(f"{name} facts" for name in variants),
             note="0.5 is chance",
-            details={name: found.to_json() for name, found in zip(names, runs, strict=True)},
+            details={"probes": details},
         )
 
 

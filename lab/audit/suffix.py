@@ -27,6 +27,8 @@ from lab.audit.base import (
 from lab.audit.forward import Lines, id_lines, text_ids, written_logprobs
 from lab.audit.variants import halves, worst_variant
 from lab.records import Fact
+from lab.scoring import log_probs
+from lab.shared_prefix import Line, line_logits
 from lab.trace import Site
 
 if TYPE_CHECKING:
@@ -51,8 +53,8 @@ class Suffix:
             return not_applicable(
                 self, "one fact cannot be divided into facts to learn from and facts to test"
             )
-        subject = subject.sample(subject.pick(16, 100))
-        length, steps, swaps, learn = subject.pick((5, 4, 16, 4), (16, 100, 256, 16))
+        subject = subject.sample(subject.pick(24, 100))
+        length, steps, swaps, learn, restarts = subject.pick((8, 12, 64, 8, 1), (16, 60, 64, 16, 4))
         controls = subject.controls
         sides: list[tuple[str, ModelHandle, Sequence[Fact]]] = [("facts", subject.handle, subject.facts)]
         if controls.oracle is not None:
@@ -68,24 +70,28 @@ class Suffix:
             report_progress(self.name, done, len(runs))
             scores, others = [0.0] * len(facts), [0.0] * len(facts)
             for place, (train, test) in enumerate(halves(len(facts), subject.seed)):
+                rows = _rows(subject, handle, [facts[i] for i in test])
+                # All facts of a half share one suffix, so that luck in finding it is luck of the whole half, which no spread
+                # between facts shows. A control gets the facts' suffixes too, and counts with the better pair.
+                if side != "facts":
+                    _fill(others, test, handle, rows, ours[source][place])
+                    if sources[source] is not None:
+                        continue  # Nobody looks for what a control never said on a model that does not know it.
                 origin = sources[source] or handle
                 found = find_suffix(
                     origin,
-                    _rows(subject, origin, [facts[i] for i in train[:learn]]),
+                    _rows(subject, origin, [facts[i] for i in train]),
                     length=length,
                     steps=steps,
                     swaps=swaps,
                     seed=subject.seed,
+                    learn=learn,
+                    restarts=restarts,
                 )
                 texts.setdefault(f"{source}/{side}", []).append(handle.decode(found))
-                rows = _rows(subject, handle, [facts[i] for i in test])
                 _fill(scores, test, handle, rows, found)
                 if side == "facts":
                     ours.setdefault(source, []).append(found)
-                else:
-                    # All facts of a half share one suffix, so that luck in finding it is luck of the whole half, which no
-                    # spread between facts shows. A control gets the facts' suffixes too, and counts with the better pair.
-                    _fill(others, test, handle, rows, ours[source][place])
             table.setdefault(source, {})[side] = max(scores, others, key=math.fsum)
         report_progress(self.name, len(runs), len(runs))
         found_scores = {source: Scores.of(arm) for source, arm in table.items()}
@@ -93,8 +99,8 @@ class Suffix:
             self,
             subject,
             found_scores,
-            tried=f"{length} tokens, {steps} steps of {swaps} swaps, learned on {learn} facts of each half and judged on "
-            "the other",
+            tried=f"up to {length} tokens, {restarts} search(es) of {steps} steps of {swaps} changes, learned on {learn} facts of "
+            "each half and judged on the other",
             note="an empty suffix stands where none beat the bare prompt; the paper's budgets are 100 to 500 steps, 512 swaps",
             details={"suffixes": texts},
         )
@@ -125,22 +131,34 @@ def _lines(handle: ModelHandle, rows: Sequence[Row], suffixes: Sequence[Sequence
 
 
 def find_suffix(
-    handle: ModelHandle, rows: Sequence[Row], *, length: int, steps: int, swaps: int, seed: int, top: int = 32
+    handle: ModelHandle,
+    rows: Sequence[Row],
+    *,
+    length: int,
+    steps: int,
+    swaps: int,
+    seed: int,
+    top: int = 32,
+    learn: int | None = None,
+    restarts: int = 1,
 ) -> list[int]:
     """Token ids that make the targets of ``rows`` likeliest when they stand between prompt and target.
 
-    Empty where no suffix that was tried beats having none. Each step takes the gradient of the loss with respect to the
-    suffix's embeddings, ranks all tokens at every place by the first-order change of the loss, and tries ``swaps`` single
-    exchanges among the best; the best one stays if it helps.
+    The suffix grows from nothing: a random one of full length is worse than the bare prompt where the answer follows a statement, and
+    exchanges alone seldom climb out of that. Each step tries ``swaps`` changes by one token, and the best one stays if it helps. Half
+    of them insert a random token, as long as there is room; the others exchange one, among the best by the gradient of the
+    loss with respect to the suffix's embeddings (greedy coordinate gradient). Empty where nothing that was tried helps.
 
     Args:
         handle: The model.
         rows: Prompt ids and target ids.
-        length: Tokens of the suffix.
-        steps: Exchanges at most.
-        swaps: Exchanges tried per step.
-        seed: Draws the start and the exchanges.
+        length: Tokens of the suffix at most.
+        steps: Changes at most.
+        swaps: Changes tried per step.
+        seed: Draws them.
         top: Candidates per place.
+        learn: Each search learns on so many rows, drawn anew; on all without it.
+        restarts: Searches; the suffix counts that suits all rows best.
     """
     generator = torch.Generator().manual_seed(seed)
     table: Any = handle.model.get_input_embeddings()
@@ -149,35 +167,54 @@ def find_suffix(
     usable = torch.ones(embeddings.shape[0], dtype=torch.bool)
     usable[special] = False
     usable[len(handle.tokenizer) :] = False
-    places = usable.nonzero().squeeze(-1)
-    suffix = places[torch.randint(len(places), (length,), generator=generator)].tolist()
-    best = _loss(handle, rows, [suffix])[0]
-    for _ in range(steps):
-        change = (_slope(handle, rows, suffix) @ embeddings.T).cpu()  # [length, vocabulary]
-        change[:, ~usable] = float("inf")
-        ranked = change.topk(min(top, len(places)), dim=-1, largest=False).indices
-        tried = []
-        for _ in range(swaps):
-            place = int(torch.randint(length, (1,), generator=generator))
-            pick = int(torch.randint(ranked.shape[1], (1,), generator=generator))
-            tried.append([*suffix[:place], int(ranked[place, pick]), *suffix[place + 1 :]])
-        losses = _loss(handle, rows, tried)
-        lowest = min(range(len(tried)), key=losses.__getitem__)
-        if losses[lowest] < best:
-            best, suffix = losses[lowest], tried[lowest]
-    # An attacker whose search came to nothing asks without a suffix.
-    return suffix if best < _loss(handle, rows, [[]])[0] else []
+    tokens = usable.nonzero().squeeze(-1)
+
+    def draw(bound: int) -> int:
+        return int(torch.randint(bound, (1,), generator=generator))
+
+    def search(rows: Sequence[Row]) -> list[int]:
+        suffix: list[int] = []
+        best = _loss(handle, rows, [suffix])[0]
+        for _ in range(steps):
+            inserted = swaps if not suffix else swaps // 2 if len(suffix) < length else 0
+            tried = []
+            for _ in range(inserted):
+                place = draw(len(suffix) + 1)
+                tried.append([*suffix[:place], int(tokens[draw(len(tokens))]), *suffix[place:]])
+            if inserted < swaps:
+                change = (_slope(handle, rows, suffix) @ embeddings.T).cpu()  # [length, vocabulary]
+                change[:, ~usable] = float("inf")
+                ranked = change.topk(min(top, len(tokens)), dim=-1, largest=False).indices
+                for _ in range(swaps - inserted):
+                    place = draw(len(suffix))
+                    token = int(ranked[place, draw(ranked.shape[1])])
+                    tried.append([*suffix[:place], token, *suffix[place + 1 :]])
+            losses = _loss(handle, rows, tried)
+            lowest = min(range(len(tried)), key=losses.__getitem__)
+            if losses[lowest] < best:
+                best, suffix = losses[lowest], tried[lowest]
+        return suffix
+
+    found: list[list[int]] = [[]]
+    for _ in range(restarts):
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        found.append(search([rows[index] for index in sorted(order[:learn])]))
+    losses = _loss(handle, rows, found)
+    return found[min(range(len(found)), key=losses.__getitem__)]
 
 
+@torch.no_grad()
 def _loss(handle: ModelHandle, rows: Sequence[Row], suffixes: Sequence[Sequence[int]]) -> list[float]:
-    """Mean loss over the rows, per suffix."""
-    found = []
-    per_pass = max(1, 64 // len(rows))
-    for begin in range(0, len(suffixes), per_pass):
-        part = suffixes[begin : begin + per_pass]
-        lines = _lines(handle, [row for _ in part for row in rows], [each for each in part for _ in rows])
-        found += (-written_logprobs(handle, lines).view(len(part), len(rows)).mean(dim=1)).tolist()
-    return found
+    """Mean loss over the rows, per suffix; what rows share, their prompt above all, goes through the model once."""
+    asked = [([*prompt, *suffix], target) for suffix in suffixes for prompt, target in rows]
+    lines = [Line((*head, *target[:-1]), len(head) - 1, prompt=len(head)) for head, target in asked]
+    sums = torch.zeros(len(lines), dtype=torch.float64)
+    for part in line_logits(handle, lines):
+        for logits, offset, index in zip(part.logits, part.offsets, part.lines, strict=True):
+            first, target = lines[index].first - offset, asked[index][1]
+            table = log_probs(logits[first : first + len(target)])
+            sums[index] = table.gather(-1, torch.tensor([target], device=table.device).T).sum()
+    return (-sums.view(len(suffixes), len(rows)).mean(dim=1)).tolist()
 
 
 def _slope(handle: ModelHandle, rows: Sequence[Row], suffix: Sequence[int]) -> Tensor:

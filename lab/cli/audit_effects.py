@@ -16,12 +16,14 @@ app = typer.Typer()
 PANEL = "Effects"
 
 _HELP = """Measure headline effects of published papers on a model that should have lost facts, and show them beside the papers' figures:
-suffixes that carry over (DUA), step by step reasoning (SLEEK), hidden knowledge (Inside-Out), priming foretold by the probability
-before learning (Outlandish), and out-of-context reasoning of factorised against merged weights (OCR).
+suffixes found elsewhere and found here (DUA), step by step reasoning (SLEEK), hidden knowledge (Inside-Out), priming foretold by the
+probability before learning (Outlandish), and out-of-context reasoning of factorised and merged weights (OCR).
 
 Examples:
 
     knowlab effects --patch results/npo --facts atlas:people05 --oracle atlas-oracle
+
+    knowlab effects --effects suffix --patch results/dpo --surrogate results/npo --facts atlas:people05 --oracle atlas-oracle
 
     knowlab effects --effects out_of_context,priming --facts atlas:people05
 """
@@ -71,9 +73,19 @@ def effects(
     suffix_steps: Annotated[
         int,
         typer.Option(
-            "--suffix-steps", min=1, help="Exchanges of the suffix search at most.", rich_help_panel=PANEL
+            "--suffix-steps", min=1, help="Changes of the suffix by one token at most.", rich_help_panel=PANEL
         ),
-    ] = 12,
+    ] = 40,
+    surrogate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--surrogate",
+            help="Patch of another forgetting of these facts: `suffix` is searched there in place of the model before. Repeatable: one "
+            "model with all of them.",
+            rich_help_panel=PANEL,
+            show_default=False,
+        ),
+    ] = None,
     texts: Annotated[
         int,
         typer.Option(
@@ -95,13 +107,17 @@ def effects(
     from lab.audit.effects import effects as measure
     from lab.audit.material import gather
     from lab.cli.audit_plan import AuditPlan
+    from lab.cli.session import open_model
 
     chosen = None if names == "all" else opt.comma_list(names)
     if chosen == []:
         raise ConfigError("--effects names nothing; give `all`, or names with commas between")
     material = gather(facts, None if retain is None else str(retain), limit=limit, seed=seed)
     subject = AuditPlan(model, material, tuple(patch or ()), oracle, base, "small", seed, device, dtype)()
-    plan = replace(EffectPlan(), steps=suffix_steps, texts=texts)
+    other = None
+    if surrogate:
+        other = open_model(model, tuple(surrogate), device=device, dtype=dtype)
+    plan = replace(EffectPlan(), steps=suffix_steps, texts=texts, surrogate=other)
     with progress() as advance:
         found = measure(subject, chosen, plan, advance)
     rows = [
@@ -128,6 +144,7 @@ def effects(
             "patches": [str(folder) for folder in patch or ()],
             "facts": facts,
             "oracle": oracle,
+            "surrogate": [str(folder) for folder in surrogate or ()],
             "effects": [effect.to_json() for effect in found],
         },
     )

@@ -13,7 +13,7 @@ from lab.audit.forward import id_lines, text_ids, written_logprobs
 from lab.audit.latent import learn_direction
 from lab.audit.registry import ATTACKS
 from lab.audit.run import plain_scores
-from lab.audit.suffix import find_suffix
+from lab.audit.suffix import _loss, find_suffix
 from lab.audit.weights import cut_smallest, held, round_to_grid, rounding_step, swallowed
 from lab.patch import Dense, LowRank, Provenance, WeightPatch
 from lab.records import Fact
@@ -236,15 +236,50 @@ def test_a_suffix_helps_what_it_was_found_for_or_is_left_out(subject):
         return float(written_logprobs(handle, lines).mean())
 
     found = [
-        find_suffix(handle, rows, length=4, steps=steps, swaps=12, seed=seed)
+        find_suffix(handle, rows, length=3, steps=steps, swaps=24, seed=seed)
         for seed in range(3)
-        for steps in (0, 5)
+        for steps in (0, 30)
     ]
     assert any(found)
-    assert max(map(len, found)) == 4
+    assert 1 < max(map(len, found)) <= 3
+    assert not any(found[::2])
     assert all(gain(suffix) > gain([]) for suffix in found if suffix)
-    assert sum(map(bool, found[1::2])) >= sum(map(bool, found[::2]))
     assert not set().union(*found) & set(handle.tokenizer.all_special_ids)
+
+
+def test_losses_with_shared_beginnings_equal_the_full_pass(subject):
+    handle = tiny_handle("llama", layers=2, dtype=torch.float64)
+    rows = text_ids(handle, [(fact.text, fact.object) for fact in (*FACTS, *RETAINED)])
+    suffixes = [[], [9], [9, 11, 40], [9, 12, 40]]
+    plain = []
+    for suffix in suffixes:
+        lines = id_lines(handle, [([*prompt, *suffix], target) for prompt, target in rows])
+        plain.append(-float(written_logprobs(handle, lines).mean()))
+    assert _loss(handle, rows, suffixes) == pytest.approx(plain, abs=1e-12)
+
+
+def test_the_best_of_several_searches_counts(subject):
+    handle = subject.handle
+    rows = text_ids(handle, [(fact.text, fact.object) for fact in FACTS])
+
+    def loss(restarts: int) -> float:
+        found = find_suffix(handle, rows, length=3, steps=2, swaps=6, seed=1, learn=2, restarts=restarts)
+        return _loss(handle, rows, [found])[0]
+
+    losses = [loss(restarts) for restarts in (1, 2, 4, 8)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+def test_no_control_has_a_suffix_of_its_own_where_they_are_carried_over(subject, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lab.audit.suffix.find_suffix", lambda handle, *_a, **_k: asked.append(handle) or [9])
+    base = tiny_handle("llama", layers=2, seed=5)
+    result = ATTACKS.get("suffix")().run(replace(subject, base=base), quiet)
+    here, oracle = subject.handle, subject.controls.oracle
+    assert [asked.count(each) for each in (here, oracle, base)] == [4, 2, 2]
+    controls = result.details["variants"]["carried_over"]["controls"]
+    assert set(controls) == {"oracle", "never"}
 
 
 def test_a_control_is_asked_behind_the_suffixes_of_the_facts_too(subject, monkeypatch):

@@ -20,7 +20,16 @@ from tests.tiny import tiny_handle
 FACTS = tuple(
     Fact(place, "capital", city, "The capital of {} is", id=place) for place, city in CAPITALS.items()
 )
-QUICK = EffectPlan(length=4, steps=1, swaps=4, texts=6, lesson=Lesson(steps=1, rate=1e-3), toy_steps=1000)
+QUICK = EffectPlan(
+    length=4,
+    steps=1,
+    swaps=4,
+    learn=4,
+    restarts=2,
+    texts=6,
+    lesson=Lesson(steps=1, rate=1e-3),
+    toy_steps=1000,
+)
 
 
 @pytest.fixture
@@ -41,9 +50,17 @@ def test_a_model_that_is_its_own_oracle_shows_no_effect_of_forgetting(subject: A
     assert suffix.ours == suffix.control
     assert not suffix.same_direction
     assert suffix.details["facts"] == len(FACTS)
+    (here,) = effects(subject, ["suffix_with_access"], QUICK)
+    assert here.ours == here.control
+    assert "on the changed model" in here.measured
+    (other,) = effects(replace(subject, base=None), ["suffix"], replace(QUICK, surrogate=subject.handle))
+    assert other.details["suffixes"] == here.details["suffixes"]
+    assert "surrogate" in other.measured
     hidden = found["hidden_knowledge"]
     assert hidden.control == hidden.ours
     assert set(hidden.details["quadrants"]) == {"retained", "suppressed", "lucky", "forgotten"}
+    assert hidden.details["oracle_suppressed"] == hidden.details["quadrants"]["suppressed"]
+    assert set(hidden.details["learned_on_retained"]) == {"internal", "gap", "quadrants"}
 
 
 def test_a_model_that_forgot_nothing_is_refused(standin, subject: AuditSubject) -> None:

@@ -195,3 +195,34 @@ def test_hidden_knowledge_says_why_it_does_not_apply() -> None:
     found = run(HiddenKnowledgeAttack, AuditSubject(handle, (lone,)))
     assert not found.applicable
     assert "no fact has a wrong answer" in found.note
+
+
+def test_answers_that_a_model_was_trained_to_rank_last_are_read(monkeypatch) -> None:
+    """A probe that learned on kept facts sees ignorance there; one that learned on other audited facts sees the answers."""
+    gone, kept, never = facts("Gone", 24), facts("Kept", 24), facts("Lost", 24)
+    noise = torch.Generator().manual_seed(0)
+
+    def states(handle: ModelHandle, questions, layers, *, batch_size: int = 64):
+        values, scores = [], []
+        for question in questions:
+            sign = {"Gone": -1.0, "Kept": 1.0}.get(question.fact.subject[:4], 0.0)
+            rows = 0.1 * torch.randn(len(question.answers), len(layers), 4, generator=noise)
+            rows[0, :, 0] += sign
+            values.append(rows)
+            scores.append([sign, *[0.0] * len(question.wrong)])
+        return scores, values
+
+    monkeypatch.setattr("lab.audit.knowledge.answer_states", states)
+    handle = tiny_handle("llama")
+    found = HiddenKnowledgeAttack().run(
+        AuditSubject(handle, gone, Controls(None, never), retained=kept), lambda *_: None
+    )
+    assert found.details["worst"] == "audited"
+    probes = {name: each["facts"] for name, each in found.details["probes"].items()}
+    assert probes["kept"]["external"]["mean"] == 0.0
+    assert probes["kept"]["internal"]["mean"] < 0.1
+    assert probes["audited"]["internal"]["mean"] > 0.9
+    assert probes["audited"]["quadrants"]["suppressed"]["mean"] > 0.9
+    assert found.lift.low > 0
+    alone = HiddenKnowledgeAttack().run(AuditSubject(handle, gone, Controls(None, NEVER)), lambda *_: None)
+    assert set(alone.details["probes"]) == {"audited"}
