@@ -190,12 +190,12 @@ def spread(
     read: dict[int, Tensor] = {}
     # Blocks below the first written one are run once, those above as often as something below them has changed.
     held = HeldRows(handle, rows, layers[0], layers[-1])
-    plain = HeldRows(handle, rows[:: len(weights)], layers[0], layers[-1])
+    plain = held.every(len(weights))
     for index, layer in enumerate(layers):
         key = Site(Role.MLP_OUT, layer, "in")
         with temporarily(handle, deltas):
             held.move_to(layer)
-            plain.move_to(layer)
+            plain.stand_with(held, len(weights))
             keys = read[layer] = mean_over_contexts(held.read([key], key)[key], weights).T
             now = plain.read([site], site)[site].T
         missing = targets - now

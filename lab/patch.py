@@ -67,6 +67,13 @@ class LowRank:
         """The product ``[out, in]``."""
         return self.left @ self.right
 
+    def stored(self, transposed: bool) -> Tensor:
+        """``dense()`` as its weight is stored: ``[in, out]`` where that is transposed (GPT-2's ``Conv1D``)."""
+        if transposed and self.rank == 1:
+            # Products of two numbers are the same in either order, and memory is written six times faster along than across.
+            return self.right.T @ self.left.T
+        return self.dense().T if transposed else self.dense()
+
     def norm(self) -> float:
         """Frobenius norm, without forming the product."""
         gram = (self.left.double().T @ self.left.double()) * (self.right.double() @ self.right.double().T)
@@ -118,6 +125,10 @@ class Dense:
     def dense(self) -> Tensor:
         """The delta itself."""
         return self.delta
+
+    def stored(self, transposed: bool) -> Tensor:
+        """The delta as its weight is stored: ``[in, out]`` where that is transposed."""
+        return self.delta.T if transposed else self.delta
 
     def norm(self) -> float:
         """Frobenius norm."""

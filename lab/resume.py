@@ -7,8 +7,8 @@ from the model's own forward pass, so that the result is that of a full pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,25 @@ from lab.tokens import pad_rows
 from lab.trace import Site, trace
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+_INSIDE_MLP = (Role.MLP_IN, Role.MLP_UP, Role.MLP_OUT)
+
+
+@contextmanager
+def _only(mlp: nn.Module, rows: Tensor, places: Tensor) -> Iterator[None]:
+    """An MLP sees one token of each row; what comes after it in the pass must not be used."""
+
+    def cut(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (args[0][rows, places][:, None], *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"][rows, places][:, None]}
+
+    handle = mlp.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _Reached(BaseException):
@@ -78,8 +97,9 @@ class HeldRows:
             raise ConfigError(f"blocks {first} to {last} do not all exist; there are {handle.n_layers}")
         handle.stack.refuse_memories("reading keys block by block")
         self._handle, self._layer, self._last = handle, first, last
+        self._rows, self._max_rows = rows, max_rows
         self._chunks = [
-            self._begin(rows[begin : begin + max_rows]) for begin in range(0, len(rows), max_rows)
+            self._begin(rows[begin : begin + max_rows], first) for begin in range(0, len(rows), max_rows)
         ]
 
     @property
@@ -101,6 +121,30 @@ class HeldRows:
             self._chunks = [replace(chunk, hidden=self._through(chunk, layer)) for chunk in self._chunks]
         self._layer = layer
 
+    def every(self, step: int) -> HeldRows:
+        """The first of these rows and every ``step``-th one after it, where they stand now; no block is run for it."""
+        found = object.__new__(HeldRows)
+        found._handle, found._layer, found._last = self._handle, self._layer, self._last
+        found._rows, found._max_rows = self._rows[::step], self._max_rows
+        size = self._max_rows
+        found._chunks = [
+            found._begin(found._rows[begin : begin + size], 0) for begin in range(0, len(found._rows), size)
+        ]
+        found.stand_with(self, step)
+        return found
+
+    def stand_with(self, others: HeldRows, step: int) -> None:
+        """Moves rows that came from ``others.every(step)`` to where the others are now; no block is run for it."""
+        chunks = []
+        for number, chunk in enumerate(self._chunks):
+            # Rows are padded on the right, and no token sees what comes after it.
+            hidden = torch.zeros_like(chunk.hidden)
+            for line, last in enumerate(chunk.last.tolist()):
+                place, row = divmod((number * self._max_rows + line) * step, others._max_rows)
+                hidden[line, : last + 1] = others._chunks[place].hidden[row, : last + 1]
+            chunks.append(replace(chunk, hidden=hidden))
+        self._chunks, self._layer = chunks, others._layer
+
     def read(self, sites: Sequence[Site], stop: Site) -> dict[Site, Tensor]:
         """Reads sites at each row's last token; the rows stay where they are.
 
@@ -119,13 +163,21 @@ class HeldRows:
         if not self._layer <= top <= self._last:
             raise ConfigError(f"{stop} is not in blocks {self._layer} to {self._last}")
         parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        # Where the pass ends inside an MLP, that MLP need not see the tokens that nobody reads.
+        narrow = stop.role in _INSIDE_MLP and set(sites) == {stop} and not self._handle.arch.flat_mlp
         with trace(self._handle, reads=tuple(sites), stop=stop) as recording, torch.no_grad():
             for chunk in self._chunks:
                 rows, length, _ = chunk.hidden.shape
-                recording.call(lambda chunk=chunk: self._through(chunk, top + 1), (rows, length))
                 lines = torch.arange(len(chunk.last), device=chunk.last.device)
+                if narrow:
+                    with _only(self._handle.module(Role.MLP, top), lines, chunk.last):
+                        recording.call(lambda chunk=chunk: self._through(chunk, top + 1), (rows, 1))
+                else:
+                    recording.call(lambda chunk=chunk: self._through(chunk, top + 1), (rows, length))
                 for site in sites:
-                    parts[site].append(recording[site][lines, chunk.last].to("cpu", torch.float64))
+                    value = recording[site]
+                    value = value[:, 0] if narrow else value[lines, chunk.last]
+                    parts[site].append(value.to("cpu", torch.float64))
         found = {site: torch.cat(pieces) for site, pieces in parts.items()}
         for site, values in found.items():
             if not bool(torch.isfinite(values).all()):
@@ -143,8 +195,9 @@ class HeldRows:
             hidden = output[0] if isinstance(output, (tuple, list)) else output
         return hidden
 
-    def _begin(self, rows: Sequence[Sequence[int]]) -> _Chunk:
-        handle, first, last = self._handle, self._layer, self._last
+    def _begin(self, rows: Sequence[Sequence[int]], first: int) -> _Chunk:
+        """The rows at the entrance of ``first``, and what the model passes to each block from there."""
+        handle, last = self._handle, self._last
         batch = pad_rows(list(map(list, rows)), handle.pad_id, "right", handle.device)
         seen: list[Tensor] = []
         calls: dict[int, _Call] = {}

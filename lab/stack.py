@@ -6,11 +6,13 @@ Undo never subtracts: the pristine bits come back and the patches that remain ar
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -372,11 +374,10 @@ class PatchStack:
                 # On top of everything, in a weight that holds every sum unrounded: the bits are those of a replay.
                 total, merged = weight.parameter.detach().clone(), merged[-1:]
             for delta in merged:
-                dense = delta.dense().to(device=total.device, dtype=wide)
-                total += dense.T if weight.transposed else dense
+                total += delta.stored(weight.transposed).to(device=total.device, dtype=wide)
             # Checked after rounding: a finite fp32 sum can overflow in fp16.
             rounded = total.to(pristine.dtype)
-            if not bool(torch.isfinite(rounded).all()):
+            if not _all_finite(rounded):
                 raise NumericalError(f"the patched weight {name!r} would hold NaN or infinity")
             with torch.no_grad():
                 weight.parameter.copy_(rounded)
@@ -396,9 +397,24 @@ class PatchStack:
             )
 
 
+def _all_finite(tensor: Tensor) -> bool:
+    # No finite sum holds NaN or infinity; a sum that overflows asks again.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def _digest(tensor: Tensor) -> str:
+    """Of a tensor's bits: twenty times cheaper than hashing them all, for it is taken twice with every patch.
+
+    The bits are put into a square of 64-bit words, whose sums of rows and of columns (modulo 2^64) are hashed. No single change
+    escapes, nor an exchange of rows or columns; it guards against accidents and not against forgery.
+    """
     data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
+    words = len(data) // 8
+    side = max(1, math.isqrt(words))
+    square = data[: words // side * side * 8].view(np.int64).reshape(-1, side)
+    rest = data[square.size * 8 :]
+    parts = (square.sum(axis=0), square.sum(axis=1), rest)
+    return hashlib.blake2b(b"".join(part.tobytes() for part in parts), digest_size=16).hexdigest()
 
 
 def _add_sidecar(handle: ModelHandle, name: str, delta: Delta) -> Any:

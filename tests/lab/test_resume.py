@@ -51,6 +51,31 @@ def test_held_rows_read_what_a_full_pass_reads(family):
     assert torch.allclose(held.read([key], key)[key], changed[key], atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_other_row_stands_where_the_rows_stand(family):
+    handle = tiny_handle(family, dtype=torch.float64)
+    rows = [*ROWS, [40, 7], [5, 5, 5, 5, 5]]
+    held = HeldRows(handle, rows, 1, 2, max_rows=2)
+    some = held.every(2)
+    alone = HeldRows(handle, rows[::2], 1, 2)
+    key, out = Site(Role.MLP_OUT, 2, "in"), Site(Role.BLOCK, 2)
+
+    def same():
+        for sites, stop in (([key, out], out), ([key], key)):
+            ours, theirs = some.read(sites, stop), alone.read(sites, stop)
+            for site in sites:
+                assert ours[site].shape[0] == 3
+                assert torch.allclose(ours[site], theirs[site], atol=1e-10, rtol=0)
+
+    same()
+    with patch_of(handle, 1).applied(handle, mode="sidecar"):
+        for each in (held, alone):
+            each.move_to(2)
+        some.stand_with(held, 2)
+        assert some.layer == 2
+        same()
+
+
 def test_held_rows_never_go_back_or_beyond():
     handle = tiny_handle("llama")
     held = HeldRows(handle, ROWS, 1, 2)
