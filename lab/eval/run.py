@@ -151,8 +151,16 @@ def evaluate_editing(
     if handle.state != state:
         raise PatchError("the model is not what it was before the evaluation; a patch was not taken back")
     if not run.done:
-        reason = draw.skipped[0].reason if draw.skipped else "the source holds none"
-        raise DataError(f"not one case could be evaluated; the first reason: {reason}", cases.source)
+        if draw.skipped:
+            reason = f"the first reason: {draw.skipped[0].reason}"
+        elif len(cases) and known_only:
+            reason = (
+                "the model answers none of them before the edit, as known_only asks; facts that are new have no such answer, evaluate "
+                "them without it"
+            )
+        else:
+            reason = "the source holds none"
+        raise DataError(f"not one case could be evaluated; {reason}", cases.source)
     extra: dict[str, MetricTable] = {}
     if protocol == "sequential":
         extra["right_after_edit"] = suite.summarise([row.right_after for row in run.done])

@@ -172,6 +172,8 @@ def test_nothing_to_evaluate_is_an_error(handle, suite):
         evaluate_editing(suite, handle, RandomEditor(refuse=["Pier 0", "Pier 1"]), many(2))
     with pytest.raises(DataError, match="not one case"):
         evaluate_editing(suite, handle, RandomEditor(), cases())
+    with pytest.raises(DataError, match="answers none of them before the edit"):
+        evaluate_editing(suite, handle, RandomEditor(), many(2), known_only=True)
 
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"protocol": "all"}])
