@@ -196,11 +196,12 @@ class PastGram:
     def __init__(self) -> None:
         self._projector: Projector | None = None
         self._blocks: list[Tensor] = []
+        # Room for more than there is, so that a key more does not copy all earlier ones. One key is one row.
         self._keys = torch.empty(0, 0, dtype=torch.float64)
         self._gram = torch.empty(0, 0, dtype=torch.float64)
 
     def over(self, projector: Projector, blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and their Gram matrix.
+        """Keys and their Gram matrix, which later calls may not be relied on to leave as they are.
 
         Args:
             projector: ``P``.
@@ -216,15 +217,25 @@ class PastGram:
                 break
             shared += 1
         count = sum(block.shape[1] for block in blocks[:shared])
+        total = count + sum(block.shape[1] for block in blocks[shared:])
         width = projector.basis.shape[0]
-        keys = self._keys[:, :count] if shared else torch.empty(width, 0, dtype=torch.float64)
-        gram = self._gram[:count, :count]
+        if not same or total > len(self._keys):
+            room = max(16, 2 * total)
+            keys, gram = (torch.empty(room, size, dtype=torch.float64) for size in (width, room))
+            if count:
+                keys[:count], gram[:count, :count] = self._keys[:count], self._gram[:count, :count]
+            self._keys, self._gram = keys, gram
         for block in blocks[shared:]:
             new = _fp64(block)
-            gram = _grown(gram, keys, new, projector.apply(new))
-            keys = torch.cat([keys, new], dim=1)
-        self._projector, self._blocks, self._keys, self._gram = projector, list(blocks), keys, gram
-        return keys, gram
+            end = count + new.shape[1]
+            kept = projector.apply(new)
+            self._gram[count:end, :count] = (self._keys[:count] @ kept).T
+            self._gram[:count, count:end] = self._gram[count:end, :count].T
+            self._gram[count:end, count:end] = new.T @ kept
+            self._keys[count:end] = new.T
+            count = end
+        self._projector, self._blocks = projector, list(blocks)
+        return self._keys[:count].T, self._gram[:count, :count]
 
 
 def woodbury_update(factor: Factor, keys: Tensor, residuals: Tensor) -> LowRank:

@@ -337,18 +337,21 @@ class PatchStack:
         if changed.mode == "sidecar":
             # It acts beside the weights, which hold what they held.
             return
+        # Looked up once: a long sequence holds thousands of deltas of a few weights.
+        names = {other for entry in self._entries if entry.mode == "merge" for other in entry._deltas}
         for name in changed._deltas:
             weight = self._handle.named_weight(name)
             if weight.quantized:
                 # Nothing is ever merged into it.
                 continue
             key = self._canonical_name(weight.parameter, name)
+            alike = {other for other in names if self._handle.named_weight(other).held is weight.held}
             merged = [
                 delta
                 for entry in self._entries
                 if entry.mode == "merge"
                 for other, delta in entry._deltas.items()
-                if other == name or self._handle.named_weight(other).held is weight.held
+                if other in alike
             ]
             if not merged and key not in self._pristine:
                 continue
