@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from lab.audit.base import AuditSubject, Progress, score_facts
 from lab.audit.context import StepByStep
-from lab.audit.forward import id_lines, text_ids, written_logprobs
 from lab.audit.knowledge import HiddenKnowledge, hidden_knowledge
 from lab.audit.learning import Lesson
 from lab.audit.side_effects.priming import learn_and_measure, rank_correlation, summary, texts_of
 from lab.audit.side_effects.reasoning import OneLayer, ToyWorld, train_toy
-from lab.audit.suffix import find_suffix
+from lab.audit.suffix import fact_rows, fill_scores, find_suffix
 from lab.audit.variants import halves
 from lab.errors import ConfigError, UnknownNameError
 from lab.eval.stats import Estimate, summarise
@@ -210,10 +209,9 @@ def _suffixes(
     texts = []
 
     def found_on(handle: ModelHandle, train: Sequence[int]) -> list[int]:
-        pairs = [(subject.prompt(facts[i]), facts[i].object) for i in train]
         return find_suffix(
             handle,
-            text_ids(handle, pairs),
+            fact_rows(subject, handle, [facts[i] for i in train]),
             length=plan.length,
             steps=plan.steps,
             swaps=plan.swaps,
@@ -223,11 +221,7 @@ def _suffixes(
         )
 
     def fill(column: list[float], handle: ModelHandle, suffix: Sequence[int], test: Sequence[int]) -> None:
-        asked = [(subject.prompt(facts[i]), facts[i].object) for i in test]
-        rows = [([*prompt, *suffix], target) for prompt, target in text_ids(handle, asked)]
-        values = written_logprobs(handle, id_lines(handle, rows)).exp().clamp_max(1.0).tolist()
-        for index, value in zip(test, values, strict=True):
-            column[index] = value
+        fill_scores(column, test, handle, fact_rows(subject, handle, [facts[i] for i in test]), suffix)
 
     for train, test in halves(len(facts), subject.seed):
         suffix = found_on(source or subject.handle, train)

@@ -70,17 +70,17 @@ class Suffix:
             report_progress(self.name, done, len(runs))
             scores, others = [0.0] * len(facts), [0.0] * len(facts)
             for place, (train, test) in enumerate(halves(len(facts), subject.seed)):
-                rows = _rows(subject, handle, [facts[i] for i in test])
+                rows = fact_rows(subject, handle, [facts[i] for i in test])
                 # All facts of a half share one suffix, so that luck in finding it is luck of the whole half, which no spread
                 # between facts shows. A control gets the facts' suffixes too, and counts with the better pair.
                 if side != "facts":
-                    _fill(others, test, handle, rows, ours[source][place])
+                    fill_scores(others, test, handle, rows, ours[source][place])
                     if sources[source] is not None:
                         continue  # Nobody looks for what a control never said on a model that does not know it.
                 origin = sources[source] or handle
                 found = find_suffix(
                     origin,
-                    _rows(subject, origin, [facts[i] for i in train]),
+                    fact_rows(subject, origin, [facts[i] for i in train]),
                     length=length,
                     steps=steps,
                     swaps=swaps,
@@ -89,7 +89,7 @@ class Suffix:
                     restarts=restarts,
                 )
                 texts.setdefault(f"{source}/{side}", []).append(handle.decode(found))
-                _fill(scores, test, handle, rows, found)
+                fill_scores(scores, test, handle, rows, found)
                 if side == "facts":
                     ours.setdefault(source, []).append(found)
             table.setdefault(source, {})[side] = max(scores, others, key=math.fsum)
@@ -106,7 +106,7 @@ class Suffix:
         )
 
 
-def _fill(
+def fill_scores(
     scores: list[float],
     places: Sequence[int],
     handle: ModelHandle,
@@ -119,7 +119,8 @@ def _fill(
         scores[index] = value
 
 
-def _rows(subject: AuditSubject, handle: ModelHandle, facts: Sequence[Fact]) -> list[Row]:
+def fact_rows(subject: AuditSubject, handle: ModelHandle, facts: Sequence[Fact]) -> list[Row]:
+    """Token ids of the facts' plain prompts and objects, as ``find_suffix`` takes them."""
     return text_ids(handle, [(subject.prompt(fact), fact.object) for fact in facts])
 
 
