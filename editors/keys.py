@@ -15,8 +15,17 @@ from editors.rows import EditRow
 from lab.arch import Role
 from lab.errors import ConfigError, NumericalError
 from lab.handle import ModelHandle
-from lab.tokens import pad_rows
-from lab.trace import Site, trace
+from lab.prefill import (
+    Behind,
+    KeysValues,
+    begin,
+    heads_of,
+    join_caches,
+    shared_lengths,
+    stored_keys_values,
+    token_chunks,
+)
+from lab.trace import Recording, Site, trace
 
 
 @dataclass(frozen=True)
@@ -33,16 +42,15 @@ class KeyValue:
 
 
 def read_sites(
-    handle: ModelHandle, rows: Sequence[EditRow], sites: Sequence[Site], stop: Site, *, max_rows: int = 256
+    handle: ModelHandle, rows: Sequence[EditRow], sites: Sequence[Site], stop: Site
 ) -> Mapping[Site, Tensor]:
-    """Reads sites at the edited token of each row.
+    """Reads sites at the edited token of each row; contexts that several rows have in common are run once.
 
     Args:
         handle: The model.
         rows: What to run; only the tokens up to the change are.
         sites: What to read.
         stop: Where the forward pass ends; not before any site.
-        max_rows: Rows per forward pass.
 
     Returns:
         Site to ``[row, width]``, fp64 on the CPU.
@@ -50,23 +58,47 @@ def read_sites(
     Raises:
         NumericalError: A value is NaN or infinite.
     """
-    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    prompts = [list(row.prompt) for row in rows]
+    found: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(rows) for site in sites}
     with trace(handle, reads=tuple(sites), stop=stop) as recording:
-        for begin in range(0, len(rows), max_rows):
-            batch = pad_rows(
-                [row.prompt for row in rows[begin : begin + max_rows]], handle.pad_id, "right", handle.device
-            )
-            recording.run(batch)
-            lines = torch.arange(len(batch.last), device=batch.last.device)
+        shared, heads, above = _beginnings(handle, recording, prompts)
+        tails = [prompt[length:] for prompt, length in zip(prompts, shared, strict=True)]
+        order = sorted(range(len(tails)), key=lambda index: len(tails[index]))
+        for chunk in token_chunks(handle, [tails[index] for index in order]):
+            chosen = [order[place] for place in chunk]
+            behind = Behind([shared[i] for i in chosen], [heads[i] for i in chosen], above) if above else None
+            batch, cache, _, _ = begin(handle, [tails[index] for index in chosen], behind)
+            recording.run(batch, **({"past_key_values": cache, "use_cache": True} if above else {}))
+            lines = torch.arange(len(chosen), device=batch.input_ids.device)
+            last = torch.tensor([len(tails[index]) - 1 for index in chosen], device=lines.device)
             for site in sites:
-                parts[site].append(recording[site][lines, batch.last].to(device="cpu", dtype=torch.float64))
-    found = {site: torch.cat(pieces) for site, pieces in parts.items()}
-    for site, values in found.items():
+                values = recording[site][lines, last].to(device="cpu", dtype=torch.float64)
+                for index, value in zip(chosen, values, strict=True):
+                    found[site][index] = value
+    joined = {site: torch.stack(values) for site, values in found.items()}
+    for site, values in joined.items():
         if not bool(torch.isfinite(values).all()):
             raise NumericalError(
                 f"the model gives NaN or infinity at {site.role} of layer {site.layer}; load it in fp32 or bf16"
             )
-    return found
+    return joined
+
+
+def _beginnings(
+    handle: ModelHandle, recording: Recording, prompts: Sequence[Sequence[int]]
+) -> tuple[list[int], list[int], list[KeysValues]]:
+    """How much of each prompt other prompts have too, whose keys and values those are, and all of them, up to where the pass ends."""
+    shared = shared_lengths(prompts, [len(prompt) - 1 for prompt in prompts])
+    # A memory decides on what it sees of the whole prompt in one pass.
+    if any(memory.changes == "model" for memory in handle.stack.memories):
+        shared = [0] * len(prompts)
+    heads, head_of = heads_of(prompts, shared)
+    parts = []
+    for chunk in token_chunks(handle, heads) if heads else []:
+        batch, cache, _, _ = begin(handle, [heads[index] for index in chunk], None)
+        recording.run(batch, past_key_values=cache, use_cache=True)
+        parts.append([stored_keys_values(layer) for layer in cache.layers])
+    return shared, head_of, join_caches(parts, max(map(len, heads))) if heads else []
 
 
 def read_keys(handle: ModelHandle, rows: Sequence[EditRow], layers: Sequence[int]) -> dict[int, KeyValue]:

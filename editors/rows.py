@@ -39,6 +39,11 @@ class EditRow:
         """The tokens up to the change: all that a key or a value at the change depends on."""
         return self.ids[: self.change + 1]
 
+    @property
+    def wanted(self) -> list[int]:
+        """Positions whose next token is looked at: those of the target, or the change of an essence row."""
+        return [self.prompt_last + step for step in range(len(self.targets))] or [self.change]
+
 
 def request_rows(
     handle: ModelHandle, request: EditRequest, contexts: Sequence[str], fact_token: FactToken = "subject_last"

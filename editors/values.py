@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from editors.easing import Easing, targets_reached
 from editors.prefixes import Prefixes
-from editors.rows import EditRow, FactToken, essence_row, request_rows
+from editors.rows import FactToken, essence_row, request_rows
+from editors.value_batches import Problem, batches_of, parts_of, rows_of
 from lab.arch import Role
 from lab.errors import ConfigError, NumericalError
 from lab.handle import ModelHandle
+from lab.likelihood import target_nll
 from lab.records import EditRequest
 from lab.replay import Replay
 from lab.trace import Site
@@ -132,19 +134,6 @@ class ValueResult:
         return math.exp(-self.losses[-1].nll)
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """One request as rows; the essence row, if any, comes last."""
-
-    request: EditRequest
-    rows: tuple[EditRow, ...]
-    contexts: int
-
-    @property
-    def suffix(self) -> int:
-        return max(len(row.ids) - row.change for row in self.rows[: self.contexts])
-
-
 def optimise_value(
     handle: ModelHandle,
     requests: Sequence[EditRequest],
@@ -171,7 +160,7 @@ def optimise_value(
         penalties: Further terms of the loss.
         easing: PMET's rule for targets that are already said.
         fact_token: Where δ acts: the subject's last token, or the prompt's.
-        max_rows: Rows per batch; bounds memory, does not change the result.
+        max_rows: Rows whose keys and values are kept at a time; bounds memory, does not change the result.
         progress: Told how many requests are finished.
 
     Returns:
@@ -186,17 +175,19 @@ def optimise_value(
     for request in requests:
         rows = request_rows(handle, request, prefixes.flat, fact_token)
         essence = [essence_row(handle, request, fact_token)] if config.kl_factor else []
-        problems.append(_Problem(request, (*rows, *essence), len(rows)))
-    # Requests of similar length share a batch, so that little of it is padding.
-    order = sorted(range(len(problems)), key=lambda index: problems[index].suffix)
+        problems.append(Problem(request, (*rows, *essence), len(rows)))
     found: dict[int, ValueResult] = {}
     with handle.writing(), frozen(handle.model):
-        for chunk in _chunks(order, problems, max_rows):
-            chosen = [problems[index] for index in chunk]
-            search = _Search(handle, chosen, layer, roles, config, penalties, easing)
-            found.update(zip(chunk, search.run(), strict=True))
-            if progress is not None:
-                progress("values", len(found), len(problems))
+        for batch in batches_of(problems, max_rows):
+            chosen = [problems[index] for index in batch]
+            replay = _replay(handle, chosen, layer, roles, attention=bool(penalties))
+            for part in parts_of(chosen, handle.device):
+                rows = [row for index in part for row in rows_of(chosen, index)]
+                mine = [chosen[index] for index in part]
+                search = _Search(handle, mine, replay.keep(rows, trim=True), config, penalties, easing)
+                found.update(zip((batch[index] for index in part), search.run(), strict=True))
+                if progress is not None:
+                    progress("values", len(found), len(problems))
     return [found[index] for index in range(len(problems))]
 
 
@@ -211,20 +202,6 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-def _chunks(order: Sequence[int], problems: Sequence[_Problem], max_rows: int) -> Iterator[list[int]]:
-    chunk: list[int] = []
-    rows = 0
-    for index in order:
-        size = len(problems[index].rows)
-        if chunk and rows + size > max_rows:
-            yield chunk
-            chunk, rows = [], 0
-        chunk.append(index)
-        rows += size
-    if chunk:
-        yield chunk
 
 
 @dataclass(frozen=True)
@@ -253,38 +230,35 @@ class _View:
     essence: Tensor
 
 
+def _replay(
+    handle: ModelHandle, problems: Sequence[Problem], layer: int, roles: Sequence[Role], *, attention: bool
+) -> Replay:
+    rows = [row for problem in problems for row in problem.rows]
+    return Replay(
+        handle,
+        [row.ids for row in rows],
+        [row.change for row in rows],
+        [Site(role, layer) for role in roles],
+        [row.wanted for row in rows],
+        [row.prompt_last for row in rows] if attention else None,
+    )
+
+
 class _Search:
-    """The loop over one batch of problems."""
+    """The loop over some problems."""
 
     def __init__(
         self,
         handle: ModelHandle,
-        problems: Sequence[_Problem],
-        layer: int,
-        roles: Sequence[Role],
+        problems: Sequence[Problem],
+        replay: Replay,
         config: ValueConfig,
         penalties: Sequence[Penalty],
         easing: Easing | None,
     ) -> None:
         self.handle, self.problems, self.config = handle, problems, config
-        self.penalties, self.easing = penalties, easing
+        self.replay, self.penalties, self.easing = replay, penalties, easing
         self.dtype = torch.promote_types(handle.dtype, torch.float32)
-        self.rows = [row for problem in problems for row in problem.rows]
-        self.first_rows = [
-            sum(len(other.rows) for other in problems[:index]) for index in range(len(problems))
-        ]
-        wanted = [
-            [row.prompt_last + step for step in range(len(row.targets))] if row.targets else [row.change]
-            for row in self.rows
-        ]
-        self.replay = Replay(
-            handle,
-            [row.ids for row in self.rows],
-            [row.change for row in self.rows],
-            [Site(role, layer) for role in roles],
-            wanted,
-            [row.prompt_last for row in self.rows] if penalties else None,
-        )
         self.base_attention: Mapping[int, Tensor] = {}
         self.base_essence = torch.empty(0)
         # Only where the search is eased, and there new at every step.
@@ -293,7 +267,8 @@ class _Search:
 
     def run(self) -> list[ValueResult]:
         config, count = self.config, len(self.problems)
-        init = self.replay.bases[self.first_rows].to(self.dtype)
+        first = [rows_of(self.problems, index)[0] for index in range(count)]
+        init = self.replay.bases[first].to(self.dtype)
         norms = torch.linalg.vector_norm(init, dim=2)
         delta = torch.zeros_like(init, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=config.lr)
@@ -335,11 +310,7 @@ class _Search:
 
     def _view(self, edits: Sequence[int]) -> _View:
         device = self.handle.device
-        chosen = [
-            self.first_rows[edit] + offset
-            for edit in edits
-            for offset in range(len(self.problems[edit].rows))
-        ]
+        chosen = [row for edit in edits for row in rows_of(self.problems, edit)]
         whole = len(edits) == len(self.problems)
         owner, rewriting, rewriting_owner, lines, essence = [], [], [], [], []
         for local, edit in enumerate(edits):
@@ -375,11 +346,10 @@ class _Search:
         result = view.replay.run(delta, view.owner)
         logits = result.logits.to(self.dtype)
         running = len(view.edits)
-        lines = torch.nn.functional.cross_entropy(logits, view.line_target, reduction="none")
+        lines, current = target_nll(logits, view.line_target, view.essence)
         nll = lines.new_zeros(running).index_add(0, view.line_owner, lines * view.line_weight)
         kl = torch.zeros_like(nll)
         if len(view.essence):
-            current = torch.log_softmax(logits[view.essence], dim=1)
             if not len(self.base_essence):
                 self.base_essence = current.detach()
             original = self.base_essence[view.edits]

@@ -66,6 +66,21 @@ class _Kept:
         )
         return _Kept(chosen, None if self.queries is None else pick(self.queries))
 
+    def cut(self, first: int, width: int) -> _Kept:
+        """Without the first columns of the prefixes, and with only the first ``width`` of the suffixes."""
+        whole = self.pass_
+        padding = whole.input_ids.shape[1] - width
+        cut = replace(
+            whole,
+            input_ids=whole.input_ids[:, :width],
+            position_ids=whole.position_ids[:, :width],
+            attention_mask=whole.attention_mask[:, first : whole.attention_mask.shape[1] - padding],
+            entering=whole.entering[:, :width],
+            outputs={role: value[:, :width] for role, value in whole.outputs.items()},
+            cache=tuple((keys[:, :, first:], values[:, :, first:]) for keys, values in whole.cache),
+        )
+        return replace(self, pass_=cut)
+
 
 class Replay:
     """Runs a batch again and again under changes to one module's output at one column per row.
@@ -148,8 +163,14 @@ class Replay:
         counts = torch.tensor([len(places) for places in self._wanted])
         return torch.repeat_interleave(torch.arange(self.rows), counts).to(self._handle.device)
 
-    def keep(self, rows: Sequence[int]) -> Replay:
-        """The same replay with only ``rows``, in that order; the first pass is not run again."""
+    def keep(self, rows: Sequence[int], *, trim: bool = False) -> Replay:
+        """The same replay with only ``rows``, in that order; the first pass is not run again.
+
+        Args:
+            rows: Which.
+            trim: Drop the columns that hold nothing but padding then. Attention rows lose them too, so they cannot be compared with
+                rows from before.
+        """
         narrow = object.__new__(Replay)
         narrow._handle, narrow._layer, narrow._roles = self._handle, self._layer, self._roles
         narrow._column = self._column
@@ -157,7 +178,15 @@ class Replay:
         narrow._kept = self._kept.select(
             torch.tensor(list(rows), dtype=torch.long, device=self._handle.device)
         )
+        if trim:
+            narrow._trim()
         return narrow
+
+    def _trim(self) -> None:
+        used = self._kept.pass_.attention_mask.any(dim=0).nonzero()[:, 0]
+        first, width = int(used[0]), int(used[-1]) + 1 - self._column
+        self._kept = self._kept.cut(first, width)
+        self._column -= first
 
     def run(self, delta: Tensor, owner: Tensor) -> ReplayResult:
         """One differentiable run with ``delta`` added to the tap.
@@ -183,7 +212,8 @@ class Replay:
             attention = (
                 {} if captured is None else {at: rows for at, rows in captured.items() if at > self._layer}
             )
-        return ReplayResult(output.logits[0], attention)
+        # Not ``[0]``, whose gradient would be copied into zeros.
+        return ReplayResult(output.logits.squeeze(0), attention)
 
     def _base(self, role: Role) -> Tensor:
         return self._kept.pass_.outputs[role]

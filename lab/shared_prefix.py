@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 # Tokens whose keys and values may be held at once, before sharing.
 _CPU_TOKENS = 4096
 _DEVICE_TOKENS = 32_768
+# Tokens that one pass with logits adds: with few, little is padding, and what the pass makes stays near the processor.
+_CPU_PASS = 256
+_DEVICE_PASS = 16_384
 
 # Owner and tokens; rows of different owners share nothing, for their patches tell them apart.
 _Line = tuple[int, tuple[int, ...]]
@@ -141,10 +144,9 @@ def _group(
     rows: list[_Line] = [(lines[index].owner, lines[index].ids) for index in group]
     # The token at `first` predicts something, so it is run with its line.
     shared, above, head_of = _behind(handle, rows, [lines[index].first for index in group], patches)
-    # Lines that add the same number of tokens waste the least.
-    by_length = sorted(range(len(rows)), key=lambda place: (len(rows[place][1]) - shared[place], place))
-    for start in range(0, len(by_length), batch_size):
-        chunk = by_length[start : start + batch_size]
+    for chunk in _passes(
+        handle, [len(ids) - length for (_, ids), length in zip(rows, shared, strict=True)], batch_size
+    ):
         tails = [list(rows[place][1][shared[place] :]) for place in chunk]
         wanted = [lines[group[place]].first - shared[place] for place in chunk]
         low = min(wanted)
@@ -161,6 +163,19 @@ def _group(
                 batch = pad_rows(tails, handle.pad_id, device=handle.device)
                 logits = handle.logits(batch, logits_to_keep=keep)
         yield LineLogits([group[place] for place in chunk], logits, [shared[place] + low for place in chunk])
+
+
+def _passes(handle: ModelHandle, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Which rows go through the model together; those that add the same number of tokens waste the least."""
+    limit = _CPU_PASS if handle.device.type == "cpu" else _DEVICE_PASS
+    chunk: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+        if chunk and (len(chunk) == batch_size or (len(chunk) + 1) * lengths[place] > limit):
+            yield chunk
+            chunk = []
+        chunk.append(place)
+    if chunk:
+        yield chunk
 
 
 def _behind(

@@ -7,8 +7,8 @@ and requests (facts of the built-in world in its tokenizer), and take turns. Fou
 
 - ``rome``: one ROME edit of 20 steps over 21 prefixes.
 - ``memit``: a batch of 50. Of the others only ``--sample`` value searches run and are scaled, and all of the writing.
-- ``single``: 50 ROME edits, each scored before and after (1 prompt, 2 paraphrases, up to 9 neighbors, a text of 100 tokens). Of the
-  others ``--sample`` cases run and are scaled.
+- ``single``: 50 ROME edits, each scored before and after (1 prompt, 2 paraphrases, up to 9 neighbors, the same behind the edited
+  statement, a text of 100 tokens). Of the others ``--sample`` cases run and are scaled.
 - ``alphaedit``: the writing of 500 edits in a row whose values are given. Of the others ``--writes`` run and are scaled: their cost does
   not grow.
 

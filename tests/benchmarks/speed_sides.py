@@ -25,6 +25,7 @@ from lab.arch import Role
 from lab.atlas.weights import weights_path
 from lab.data.cases import CaseProbe, CaseSet, EditCase
 from lab.eval.atlas import atlas_cases
+from lab.eval.suite import distracted
 from lab.handle import ModelHandle
 from lab.patch import WeightPatch
 from lab.records import EditRequest
@@ -342,16 +343,16 @@ def counterfact_cases(cases: Sequence[EditCase]) -> CaseSet:
 def easy_record(case: EditCase) -> dict[str, Any]:
     """A case in EasyEdit's form."""
     request, paraphrases, others = case.requests[0], case.of("paraphrase"), case.of("neighborhood")
+    answers = [probe.answers[0] for probe in others]
+    behind = [probe.prompt for probe in distracted(case, "neighborhood", "distracting")]
     return {
         "prompt": request.text,
         "target_new": request.target_new,
         "ground_truth": request.target_old,
         "rephrase_prompt": [probe.prompt for probe in paraphrases],
         "locality": {
-            "neighborhood": {
-                "prompt": [probe.prompt for probe in others],
-                "ground_truth": [probe.answers[0] for probe in others],
-            }
+            "neighborhood": {"prompt": [probe.prompt for probe in others], "ground_truth": answers},
+            "distracting": {"prompt": behind, "ground_truth": answers},
         },
         "portability": {},
     }

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+from editors import value_batches
 from editors.prefixes import Prefixes
-from editors.rows import essence_row, request_rows
+from editors.rows import EditRow, essence_row, request_rows
 from editors.sadr import AttentionDrift
 from editors.values import ValueConfig, optimise_value
 from lab.arch import Role
@@ -82,6 +83,41 @@ def test_together_equals_alone_with_stops_at_different_steps(role):
         assert len(batched.losses) == len(single.losses)
         assert torch.allclose(batched.delta, single.delta, atol=1e-10, rtol=0)
         assert torch.allclose(chunked.delta, single.delta, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_parts_of_a_batch_change_nothing_under_a_penalty_either(family, monkeypatch):
+    handle = tiny_handle(family, dtype=torch.float64, layers=4)
+    penalties = [AttentionDrift(gamma=0.5)]
+
+    def search(requests):
+        return optimise_value(handle, requests, 1, Role.MLP, PREFIXES, CONFIG, penalties)
+
+    whole = search(REQUESTS)
+    monkeypatch.setattr(value_batches, "_CPU_TOKENS", 1)
+    parted = search(REQUESTS)
+    for request, together, apart in zip(REQUESTS, whole, parted, strict=True):
+        (alone,) = search([request])
+        assert max(step.penalty for step in alone.losses) > 0
+        assert torch.allclose(apart.delta, alone.delta, atol=1e-10, rtol=0)
+        assert torch.allclose(together.delta, alone.delta, atol=1e-10, rtol=0)
+
+
+def test_parts_hold_all_problems_in_order_and_few_tokens(monkeypatch):
+    def problem(rows, suffix):
+        ids = tuple(range(suffix + 2))
+        return value_batches.Problem(REQUESTS[0], (EditRow(ids, 2, 2, ids[2:]),) * rows, rows)
+
+    problems = [problem(2, 3), problem(2, 4), problem(3, 4), problem(50, 9), problem(1, 9)]
+    assert [each.suffix for each in problems] == [3, 4, 4, 9, 9]
+    monkeypatch.setattr(value_batches, "_CPU_TOKENS", 16)
+    parts = list(value_batches.parts_of(problems, torch.device("cpu")))
+    # 4 rows of at most 4 tokens; 3 of 4; a problem that is too large goes alone.
+    assert parts == [range(0, 2), range(2, 3), range(3, 4), range(4, 5)]
+    assert list(value_batches.parts_of(problems, torch.device("meta"))) == [range(0, 5)]
+    batches = list(value_batches.batches_of([problems[3], problems[0], problems[1]], 4))
+    assert batches == [[1, 2], [0]]
+    assert [list(value_batches.rows_of(problems, index)) for index in (0, 2)] == [[0, 1], [4, 5, 6]]
 
 
 def test_the_search_raises_the_target_and_respects_the_clamp():

@@ -92,6 +92,25 @@ def test_rows_can_be_dropped_and_reordered():
     assert torch.allclose(some.logits, every.logits[[3, 4, 0, 1]], atol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "opt"])
+def test_columns_of_padding_can_be_dropped_with_their_rows(family):
+    handle = tiny_handle(family, dtype=torch.float64)
+    queries = [4, 2, 5, 20]
+    replay = Replay(handle, ROWS, CHANGE, Site(Role.MLP, 1), WANTED, queries)
+    delta = torch.randn(2, handle.hidden_size, dtype=torch.float64)
+    chosen = [2, 0]
+    every, some = replay.run(delta, OWNER), replay.keep(chosen, trim=True)
+    # Their longest prefix has 4 tokens, not 18, and nothing is wanted past the third token of a suffix.
+    assert (replay.column, some.column) == (18, 4)
+    found = some.run(delta, OWNER[chosen])
+    assert torch.allclose(found.logits, every.logits[[0, 1]], atol=1e-12)
+    for layer, attention in found.attention.items():
+        assert attention.shape[-1] == 4 + 3
+        wide = every.attention[layer][chosen][..., 18 - 4 : 18 + 3]
+        assert torch.allclose(attention, wide, atol=1e-12)
+    assert torch.equal(some.base, replay.base[chosen])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "opt", "gptj"])
 def test_common_beginnings_are_run_once_with_the_same_result(family, monkeypatch):
     dtype, tolerance = exactness(family)

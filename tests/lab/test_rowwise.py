@@ -199,8 +199,10 @@ def test_an_evaluation_equals_the_plain_one():
         assert row.values == {name: pytest.approx(found, abs=1e-10) for name, found in values.items()}
 
 
+@pytest.mark.parametrize("tokens", [256, 6])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_begin_alike_give_the_logits_of_whole_rows(family):
+def test_rows_that_begin_alike_give_the_logits_of_whole_rows(family, tokens, monkeypatch):
+    monkeypatch.setattr("lab.shared_prefix._CPU_PASS", tokens)
     handle = tiny_handle(family, dtype=torch.float32 if family in ROUGH else torch.float64, scale=1.5)
     state, capital = "The capital of France is Rome. ", "The capital of"
     texts = [
@@ -216,6 +218,7 @@ def test_rows_that_begin_alike_give_the_logits_of_whole_rows(family):
     hook = embedding.register_forward_pre_hook(lambda module, args: fed.append(args[0].numel()))
     parts = list(line_logits(handle, lines, batch_size=4))
     hook.remove()
+    assert all(part.logits.shape[0] == 1 or part.logits[..., 0].numel() <= tokens for part in parts)
     assert sorted(index for part in parts for index in part.lines) == list(range(len(lines)))
     assert sum(fed) < 0.7 * sum(map(len, ids))
     for part in parts:
