@@ -6,9 +6,10 @@ GPT-2 of 124 M parameters and a Llama of 110 M, random weights, fp32. All sides 
 and requests (facts of the built-in world in its tokenizer), and take turns. Four parts:
 
 - ``rome``: one ROME edit of 20 steps over 21 prefixes.
-- ``memit``: a batch of 50. Of the others only ``--sample`` value searches run and are scaled, and all of the writing.
+- ``memit``: a batch of 50. Of the others only ``--sample`` value searches run and are scaled, and all of the writing. The sample is even
+  over the lengths of the rows, for a search costs as much as it has tokens.
 - ``single``: 50 ROME edits, each scored before and after (1 prompt, 2 paraphrases, up to 9 neighbors, the same behind the edited
-  statement, a text of 100 tokens). Of the others ``--sample`` cases run and are scaled.
+  statement, a text of 100 tokens). Of the others ``--sample`` cases run, chosen like that, and are scaled.
 - ``alphaedit``: the writing of 500 edits in a row whose values are given. Of the others ``--writes`` run and are scaled: their cost does
   not grow.
 
@@ -61,6 +62,7 @@ from tests.benchmarks.speed_sides import (
     shared_ready,
     summary,
     timed,
+    typical,
     weights,
 )
 from tests.reference.single_edits import plain_single_edits
@@ -134,7 +136,8 @@ def memit(sides: Sides) -> dict[str, Any]:
     """A batch."""
     size, weight = sides.size, 15000.0
     requests, last = sides.requests(size.batch), size.edited[-1]
-    sample = min(size.sample, size.batch)
+    chosen = typical(sides.suffixes(size.batch), size.sample)
+    sample = len(chosen)
     editor = get_editor("memit", mom2_weight=weight, **spread_settings(sides))
     assert isinstance(editor, SpreadEditor)
     before = weights(sides.plain, size.edited)
@@ -149,7 +152,8 @@ def memit(sides: Sides) -> dict[str, Any]:
     targets = torch.stack([value.target for value in ready.values], dim=1)
 
     plain = Turn()
-    for index, request in enumerate(requests[:sample]):
+    for index in chosen:
+        request = requests[index]
         found, turn = timed(lambda request=request: sides.search_plainly(request, Role.BLOCK, last, 0.75))
         targets[:, index] = found
         plain += turn
@@ -167,9 +171,9 @@ def memit(sides: Sides) -> dict[str, Any]:
     easy = None
     if sides.easy is not None:
         folder = sides.folder / f"memit-{sides.shape}"
-        save_values(folder, requests[sample:], targets[:, sample:])
-        for request in requests[:sample]:
-            file(folder, request).unlink(missing_ok=True)
+        save_values(folder, requests, targets)
+        for index in chosen:
+            file(folder, requests[index]).unlink()
         searched = Turn()
         method = sides.easy.memit
         search = method.compute_z
@@ -270,7 +274,8 @@ def alphaedit(sides: Sides) -> dict[str, Any]:
 def single(sides: Sides) -> dict[str, Any]:
     """Independent edits, each with its whole evaluation."""
     size, clamp, layer = sides.size, 4.0, sides.rome_layer
-    sample = min(size.sample, size.edits)
+    chosen = typical(sides.suffixes(size.edits), size.sample)
+    sample = len(chosen)
     cases = counterfact_cases(sides.cases[: size.edits])
     suite = get_suite("counterfact", SuiteOptions(fluency=True, text_tokens=size.text))
     editor = get_editor(
@@ -281,7 +286,7 @@ def single(sides: Sides) -> dict[str, Any]:
     down, tap = (sides.plain.module(role, layer) for role in (Role.MLP_OUT, Role.MLP))
     name = sides.plain.weight(Role.MLP_OUT, layer).name
     plain = easy = Turn()
-    for case in cases.cases[:sample]:
+    for case in (cases.cases[index] for index in chosen):
         (request,) = case.requests
 
         def work(case: EditCase = case, request: EditRequest = request) -> None:

@@ -230,6 +230,13 @@ class Sides:
             raise SystemExit(f"only {len(self.cases)} facts can be told alike to all sides, not {count}")
         return [case.requests[0] for case in self.cases[:count]]
 
+    def suffixes(self, count: int) -> list[int]:
+        """How many tokens each of the first has from its subject on."""
+        return [
+            max(len(row.ids) - row.change for row in request_rows(self.ours, request, self.rome_prefixes))
+            for request in self.requests(count)
+        ]
+
     def rows(self, request: EditRequest, prefixes: Sequence[str]) -> list[PlainRow]:
         """A request in every context, in the reference's form."""
         return [plain_row(row) for row in request_rows(self.ours, request, prefixes)]
@@ -250,6 +257,13 @@ class Sides:
         """EasyEdit's weights now, ``[out, in]`` by parameter."""
         assert self.easy is not None
         return weights(self.easy.handle, layers)
+
+
+def typical(lengths: Sequence[int], count: int) -> list[int]:
+    """Indices of ``count`` entries that lie evenly over the sorted lengths: the middles of as many equal parts."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    count = min(count, len(order))
+    return [order[(2 * part + 1) * len(order) // (2 * count)] for part in range(count)]
 
 
 def plain_row(row: Any) -> PlainRow:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.benchmarks.editing_growth import markdown, slopes
 from tests.benchmarks.editing_speed import PARTS, measure
-from tests.benchmarks.speed_sides import Size
+from tests.benchmarks.speed_sides import Size, typical
 
 # Two blocks are written, one lies above and one below them.
 TINY = Size(4, 64, 3072, 3, 3, 2, 2, 4, 1, 1, 8, 600, (1, 2))
@@ -26,6 +26,13 @@ def test_the_plain_way_makes_the_same_updates(shape, tmp_path, shipped_atlas):
     for file in tmp_path.glob("*.json"):
         Path(file).write_text('{"kept": 1}')
     assert measure(TINY, [shape], PARTS, None, tmp_path) == {shape: {part: {"kept": 1} for part in PARTS}}
+
+
+def test_a_sample_is_even_over_the_lengths():
+    lengths = [9, 2, 30, 4, 3, 5, 7, 6]
+    assert [lengths[index] for index in typical(lengths, 1)] == [6]
+    assert [lengths[index] for index in typical(lengths, 2)] == [4, 7]
+    assert sorted(typical(lengths, 20)) == list(range(8))
 
 
 def test_a_slope_of_one_is_linear():
