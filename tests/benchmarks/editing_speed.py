@@ -13,6 +13,9 @@ and requests (facts of the built-in world in its tokenizer), and take turns. Fou
 - ``alphaedit``: the writing of 500 edits in a row whose values are given. Of the others ``--writes`` run and are scaled: their cost does
   not grow.
 
+``gflop``, ``plain_gflop`` and ``easyedit_gflop`` (with ``--flops``) are operations of matrix products per edit, in 1e9. No way of
+computing the same can be faster by more than their ratio on a machine where every side is bound by these products.
+
 ``plain_ratio`` and ``easyedit_ratio`` are seconds of the other over ours, ``*_cpu_ratio`` the same in processor time: on a machine that
 other programs use, those count. ``*_cosine`` is the smallest cosine of any layer between the updates. The plain way is
 ``tests/reference/whole_edits.py``. Finished parts are kept beside the JSON file, so that the same command goes on.
@@ -26,6 +29,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,7 @@ from lab.data.cases import EditCase
 from lab.eval import SuiteOptions, evaluate_editing, get_suite
 from lab.handle import ModelHandle
 from lab.patch import LowRank, Provenance, WeightPatch
-from lab.records import EditRequest, write_text_atomically
+from lab.records import write_text_atomically
 from tests.benchmarks.speed_sides import (
     QUICK,
     Sides,
@@ -55,6 +59,7 @@ from tests.benchmarks.speed_sides import (
     dense,
     easy_record,
     file,
+    flops,
     given_values,
     plain_row,
     restore,
@@ -285,35 +290,45 @@ def single(sides: Sides) -> dict[str, Any]:
     inverse = torch.inverse(sides.moments[layer]).float()
     down, tap = (sides.plain.module(role, layer) for role in (Role.MLP_OUT, Role.MLP))
     name = sides.plain.weight(Role.MLP_OUT, layer).name
-    plain = easy = Turn()
-    for case in (cases.cases[index] for index in chosen):
+    sampled = [cases.cases[index] for index in chosen]
+
+    def work(case: EditCase) -> None:
         (request,) = case.requests
+        left, right = plain_rome(
+            sides.plain.model,
+            down,
+            tap,
+            sides.rows(request, sides.rome_prefixes),
+            plain_row(essence_row(sides.plain, request)),
+            inverse,
+            clamp=clamp,
+            **sides.search,
+        )
+        delta = LowRank(left[:, None], right[None])
+        patch = WeightPatch(sides.plain.fingerprint, {name: delta}, Provenance("plain"))
+        plain_single_edits(sides.plain, suite, [case], [patch])
 
-        def work(case: EditCase = case, request: EditRequest = request) -> None:
-            left, right = plain_rome(
-                sides.plain.model,
-                down,
-                tap,
-                sides.rows(request, sides.rome_prefixes),
-                plain_row(essence_row(sides.plain, request)),
-                inverse,
-                clamp=clamp,
-                **sides.search,
-            )
-            delta = LowRank(left[:, None], right[None])
-            patch = WeightPatch(sides.plain.fingerprint, {name: delta}, Provenance("plain"))
-            plain_single_edits(sides.plain, suite, [case], [patch])
+    def their_work(case: EditCase) -> None:
+        assert sides.easy is not None
+        sides.easy.single(case.requests[0], easy_record(case), layer, clamp, text=True)
 
-        plain += timed(work)[1]
+    plain = easy = Turn()
+    for case in sampled:
+        plain += timed(partial(work, case))[1]
         if sides.easy is not None:
-            easy += timed(
-                lambda case=case, request=request: sides.easy.single(  # type: ignore[union-attr]
-                    request, easy_record(case), layer, clamp, text=True
-                )
-            )[1]
+            easy += timed(partial(their_work, case))[1]
+    counted: dict[str, Any] = {}
+    if sides.flops:
+        some = replace(cases, cases=tuple(sampled))
+        counted = {
+            "gflop": flops(lambda: evaluate_editing(suite, sides.ours, editor, some, in_order=True)) / sample,
+            "plain_gflop": sum(flops(partial(work, case)) for case in sampled) / sample,
+        }
+        if sides.easy is not None:
+            counted["easyedit_gflop"] = sum(flops(partial(their_work, case)) for case in sampled) / sample
     scale = size.edits / sample
     row = summary(ours, plain * scale, easy * scale if sides.easy else None, {}, {})
-    return row | {"edits": report.n, "sample": sample}
+    return row | {"edits": report.n, "sample": sample} | counted
 
 
 MEASURES: dict[str, Callable[[Sides], dict[str, Any]]] = {
@@ -325,7 +340,13 @@ MEASURES: dict[str, Callable[[Sides], dict[str, Any]]] = {
 
 
 def measure(
-    size: Size, shapes: Sequence[str], parts: Sequence[str], easyedit: Path | None, folder: Path
+    size: Size,
+    shapes: Sequence[str],
+    parts: Sequence[str],
+    easyedit: Path | None,
+    folder: Path,
+    *,
+    flops: bool = False,
 ) -> dict[str, Any]:
     """All figures; finished parts are taken from ``folder``."""
     results: dict[str, dict[str, Any]] = {}
@@ -336,7 +357,7 @@ def measure(
             if cell.is_file():
                 results.setdefault(shape, {})[part] = json.loads(cell.read_text())
                 continue
-            sides = sides or Sides.make(shape, size, easyedit, folder)
+            sides = sides or Sides.make(shape, size, easyedit, folder, flops=flops)
             row = MEASURES[part](sides)
             write_text_atomically(cell, json.dumps(row, indent=2) + "\n")
             print(shape, part, json.dumps(row), file=sys.stderr, flush=True)
@@ -352,6 +373,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here; finished parts lie beside it")
     parser.add_argument("--easyedit", type=Path, help="a checkout of zjunlp/EasyEdit, to be timed as well")
     parser.add_argument("--quick", action="store_true", help="small models, few steps and edits")
+    parser.add_argument(
+        "--flops", action="store_true", help="count operations of the part single too, in runs of their own"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="gpt2, llama, or both")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ", ".join(PARTS))
@@ -364,7 +388,14 @@ def main() -> None:
     size = replace(size, **chosen)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if options.json is None else options.json.with_suffix("")
-        results = measure(size, options.shapes.split(","), options.parts.split(","), options.easyedit, folder)
+        results = measure(
+            size,
+            options.shapes.split(","),
+            options.parts.split(","),
+            options.easyedit,
+            folder,
+            flops=options.flops,
+        )
     figures = {
         "schema_version": 1,
         "command": "editing_speed",

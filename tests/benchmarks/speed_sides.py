@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from editors.alphaedit import AlphaEditConfig, AlphaEditor
@@ -68,6 +69,13 @@ class Size:
 
 
 QUICK = Size(4, 64, 3072, 3, 4, 4, 2, 6, 2, 1, 12, 2000, (1, 2))
+
+
+def flops(work: Callable[[], Any]) -> float:
+    """Floating-point operations of all matrix products in ``work``, in 1e9."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e9
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,7 @@ class Sides:
         ours, plain: Handles.
         easy: EasyEdit, or nothing.
         folder: For files of this run.
+        flops: Whether operations are counted as well, in runs of their own.
     """
 
     shape: str
@@ -150,12 +159,15 @@ class Sides:
     plain: ModelHandle
     easy: EasyEdit | None
     folder: Path
+    flops: bool = False
 
     rome_prefixes = templates([(4, 10), (9, 10)])
     prefixes = templates([(9, 5)])
 
     @classmethod
-    def make(cls, shape: str, size: Size, easyedit: Path | None, folder: Path) -> Sides:
+    def make(
+        cls, shape: str, size: Size, easyedit: Path | None, folder: Path, *, flops: bool = False
+    ) -> Sides:
         """Builds models and statistics."""
         place = weights_path("atlas")
         if place is None:
@@ -165,7 +177,7 @@ class Sides:
         handles = [
             ModelHandle.wrap(copy.deepcopy(model), tokenizer, name=f"{shape}-random") for _ in range(3)
         ]
-        found = cls(shape, size, handles[0], handles[1], None, folder)
+        found = cls(shape, size, handles[0], handles[1], None, folder, flops)
         if easyedit is not None:
             enter(easyedit)
             found.easy = EasyEdit(handles[2], found.moments, cls.rome_prefixes, cls.prefixes, found.search)
