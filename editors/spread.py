@@ -195,8 +195,10 @@ def spread(
         key = Site(Role.MLP_OUT, layer, "in")
         with temporarily(handle, deltas):
             held.move_to(layer)
+            # Only down projections change, which come after the attention of their block.
+            states = held.read([key], key, keep_attention=True)[key]
             plain.stand_with(held, len(weights))
-            keys = read[layer] = mean_over_contexts(held.read([key], key)[key], weights).T
+            keys = read[layer] = mean_over_contexts(states, weights).T
             now = plain.read([site], site)[site].T
         missing = targets - now
         left, right = solve(layer, keys, missing / method.divisor(len(layers) - index))

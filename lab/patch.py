@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -226,15 +227,18 @@ class Carry:
 
 def library_versions() -> dict[str, str]:
     """Versions that a patch's numbers depend on."""
+    return {package: _version(package) for package in ("knowlab", "torch", "transformers")}
+
+
+@functools.cache
+def _version(package: str) -> str:
+    # A package's metadata is searched for on the disk, every time.
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for package in ("knowlab", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,32 @@ def _only(mlp: nn.Module, rows: Tensor, places: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def _outputs(module: nn.Module, found: list[Any], wanted: bool) -> Iterator[None]:
+    """Collects what a module returns, call by call."""
+    if not wanted:
+        yield
+        return
+    handle = module.register_forward_hook(lambda _module, _args, output: found.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _answer(known: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return known
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _like(output: Any, value: Tensor) -> Any:
+    """``value`` in the form of a module's output."""
+    return (value, *[None] * (len(output) - 1)) if isinstance(output, tuple) else value
+
+
 class _Reached(BaseException):
     """Leaves the first pass where the last block's call is known."""
 
@@ -56,11 +83,13 @@ class _Chunk:
         hidden: ``[row, pos, d]``, entering the block where the rows are held.
         last: ``[row]``, each row's last position.
         calls: What the model passes to each block beside the hidden states.
+        attention: What the attention of the block where the rows are held returned, if that was kept.
     """
 
     hidden: Tensor
     last: Tensor
     calls: Mapping[int, _Call]
+    attention: Any = None
 
 
 class HeldRows:
@@ -118,7 +147,9 @@ class HeldRows:
         if layer == self._layer:
             return
         with torch.no_grad(), self._handle.reading():
-            self._chunks = [replace(chunk, hidden=self._through(chunk, layer)) for chunk in self._chunks]
+            self._chunks = [
+                replace(chunk, hidden=self._through(chunk, layer), attention=None) for chunk in self._chunks
+            ]
         self._layer = layer
 
     def every(self, step: int) -> HeldRows:
@@ -134,23 +165,40 @@ class HeldRows:
         return found
 
     def stand_with(self, others: HeldRows, step: int) -> None:
-        """Moves rows that came from ``others.every(step)`` to where the others are now; no block is run for it."""
+        """Moves rows that came from ``others.every(step)`` to where the others are now; no block is run for it.
+
+        Attention that the others kept is theirs too.
+        """
         chunks = []
+        kept = [chunk.attention for chunk in others._chunks]
         for number, chunk in enumerate(self._chunks):
-            # Rows are padded on the right, and no token sees what comes after it.
-            hidden = torch.zeros_like(chunk.hidden)
-            for line, last in enumerate(chunk.last.tolist()):
-                place, row = divmod((number * self._max_rows + line) * step, others._max_rows)
-                hidden[line, : last + 1] = others._chunks[place].hidden[row, : last + 1]
-            chunks.append(replace(chunk, hidden=hidden))
+            places = [
+                divmod((number * self._max_rows + line) * step, others._max_rows)
+                for line in range(len(chunk.last))
+            ]
+
+            def taken(values: Sequence[Tensor], chunk: _Chunk = chunk, places: Any = places) -> Tensor:
+                # Rows are padded on the right, and no token sees what comes after it.
+                found = torch.zeros_like(chunk.hidden)
+                for line, (last, (place, row)) in enumerate(zip(chunk.last.tolist(), places, strict=True)):
+                    found[line, : last + 1] = values[place][row, : last + 1]
+                return found
+
+            attention = None
+            if all(each is not None for each in kept):
+                attention = _like(kept[0], taken([_first(each) for each in kept]))
+            hidden = taken([other.hidden for other in others._chunks])
+            chunks.append(replace(chunk, hidden=hidden, attention=attention))
         self._chunks, self._layer = chunks, others._layer
 
-    def read(self, sites: Sequence[Site], stop: Site) -> dict[Site, Tensor]:
+    def read(self, sites: Sequence[Site], stop: Site, *, keep_attention: bool = False) -> dict[Site, Tensor]:
         """Reads sites at each row's last token; the rows stay where they are.
 
         Args:
             sites: In the rows' block or above it.
             stop: Where the pass ends; not before any site.
+            keep_attention: The attention of the rows' block is not run again before the rows have left the block. Right only
+                where nothing up to it changes meanwhile, as under methods that write down projections.
 
         Returns:
             Site to ``[row, width]``, fp64 on the CPU.
@@ -165,7 +213,12 @@ class HeldRows:
         parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
         # Where the pass ends inside an MLP, that MLP need not see the tokens that nobody reads.
         narrow = stop.role in _INSIDE_MLP and set(sites) == {stop} and not self._handle.arch.flat_mlp
-        with trace(self._handle, reads=tuple(sites), stop=stop) as recording, torch.no_grad():
+        attention: list[Any] = []
+        with (
+            trace(self._handle, reads=tuple(sites), stop=stop) as recording,
+            torch.no_grad(),
+            _outputs(self._handle.module(Role.ATTN, self._layer), attention, keep_attention),
+        ):
             for chunk in self._chunks:
                 rows, length, _ = chunk.hidden.shape
                 lines = torch.arange(len(chunk.last), device=chunk.last.device)
@@ -178,6 +231,10 @@ class HeldRows:
                     value = recording[site]
                     value = value[:, 0] if narrow else value[lines, chunk.last]
                     parts[site].append(value.to("cpu", torch.float64))
+        if len(attention) == len(self._chunks):
+            self._chunks = [
+                replace(chunk, attention=each) for chunk, each in zip(self._chunks, attention, strict=True)
+            ]
         found = {site: torch.cat(pieces) for site, pieces in parts.items()}
         for site, values in found.items():
             if not bool(torch.isfinite(values).all()):
@@ -191,7 +248,11 @@ class HeldRows:
         for block in range(self._layer, layer):
             args, kwargs = chunk.calls[block]
             module = self._handle.module(Role.BLOCK, block)
-            output = module(hidden, *args, **kwargs)
+            known = {}
+            if block == self._layer and chunk.attention is not None:
+                known[self._handle.module(Role.ATTN, block)] = partial(_answer, chunk.attention)
+            with replaced_forwards(known):
+                output = module(hidden, *args, **kwargs)
             hidden = output[0] if isinstance(output, (tuple, list)) else output
         return hidden
 

@@ -366,7 +366,7 @@ class PatchStack:
                 self._written.pop(key, None)
                 continue
             wide = torch.promote_types(pristine.dtype, torch.float32)
-            total = pristine.to(wide, copy=True)
+            total = pristine
             if (
                 wide == pristine.dtype
                 and key in self._written
@@ -375,9 +375,11 @@ class PatchStack:
                 and sum(any(delta is own for own in changed._deltas.values()) for delta in merged) == 1
             ):
                 # On top of everything, in a weight that holds every sum unrounded: the bits are those of a replay.
-                total, merged = weight.parameter.detach().clone(), merged[-1:]
-            for delta in merged:
-                total += delta.stored(weight.transposed).to(device=total.device, dtype=wide)
+                total, merged = weight.parameter.detach(), merged[-1:]
+            for place, delta in enumerate(merged):
+                change = delta.stored(weight.transposed).to(device=total.device, dtype=wide)
+                # The first sum makes a tensor of its own; nothing is written before all is known to be finite.
+                total = total + change if place == 0 else total.add_(change)
             # Checked after rounding: a finite fp32 sum can overflow in fp16.
             rounded = total.to(pristine.dtype)
             if not _all_finite(rounded):

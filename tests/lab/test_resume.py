@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -74,6 +76,40 @@ def test_every_other_row_stands_where_the_rows_stand(family):
         some.stand_with(held, 2)
         assert some.layer == 2
         same()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_that_is_kept_changes_nothing_under_new_down_projections(family):
+    handle = tiny_handle(family, dtype=torch.float64, layers=4)
+    rows = [*ROWS, [40, 7], [5, 5, 5, 5, 5]]
+    held, again = (HeldRows(handle, rows, 1, 3, max_rows=2) for _ in range(2))
+    some, out = held.every(2), Site(Role.BLOCK, 3)
+    ran: list[int] = []
+    hooks = [
+        handle.module(Role.ATTN, layer).register_forward_hook(lambda *_, layer=layer: ran.append(layer))
+        for layer in (1, 2)
+    ]
+    with contextlib.ExitStack() as applied:
+        for layer in (1, 2):
+            key = Site(Role.MLP_OUT, layer, "in")
+            again.move_to(layer)
+            ran.clear()
+            held.move_to(layer)
+            # Three chunks of two rows; to get here the attention of the block below was not run again.
+            kept = held.read([key], key, keep_attention=True)[key]
+            assert ran == [layer] * 3
+            some.stand_with(held, 2)
+            assert torch.allclose(kept, again.read([key], key)[key], atol=1e-10, rtol=0)
+            applied.enter_context(patch_of(handle, layer).applied(handle, mode="sidecar"))
+            plain = again.read([out], out)[out]
+            assert torch.allclose(some.read([out], out)[out], plain[::2], atol=1e-10, rtol=0)
+            assert torch.allclose(held.read([out], out)[out], plain, atol=1e-10, rtol=0)
+        for each in (held, again):
+            each.move_to(3)
+        assert torch.allclose(held.read([out], out)[out], again.read([out], out)[out], atol=1e-10, rtol=0)
+    for hook in hooks:
+        hook.remove()
+    assert not any(module._forward_hooks for module in handle.model.modules())
 
 
 def test_held_rows_never_go_back_or_beyond():
