@@ -83,6 +83,7 @@ class PatchStack:
         self._entries: list[Applied] = []
         self._pristine: dict[str, Tensor] = {}
         self._written: dict[str, str] = {}
+        self._names: dict[str, tuple[nn.Parameter, str]] = {}
 
     @property
     def entries(self) -> tuple[Applied, ...]:
@@ -389,10 +390,13 @@ class PatchStack:
             self._written[key] = _digest(weight.parameter)
 
     def _canonical_name(self, parameter: nn.Parameter, name: str) -> str:
-        # Tied weights answer to two names; named_parameters lists the first.
-        return next(
-            (known for known, other in self._handle.model.named_parameters() if other is parameter), name
-        )
+        # Tied weights answer to two names; named_parameters lists the first. It walks the whole model, so it is asked once.
+        known = self._names.get(name)
+        if known is None or known[0] is not parameter:
+            parameters = self._handle.model.named_parameters()
+            first = next((known for known, other in parameters if other is parameter), name)
+            known = self._names[name] = (parameter, first)
+        return known[1]
 
     def _check_untouched(self, key: str, name: str, parameter: nn.Parameter) -> None:
         """Refuses to write over bits that somebody else wrote: they would be lost without a word."""
