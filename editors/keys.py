@@ -59,7 +59,7 @@ def read_sites(
         NumericalError: A value is NaN or infinite.
     """
     prompts = [list(row.prompt) for row in rows]
-    found: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(rows) for site in sites}
+    parts: dict[Site, list[Tensor]] = {site: [] for site in sites}
     with trace(handle, reads=tuple(sites), stop=stop) as recording:
         shared, heads, above = _beginnings(handle, recording, prompts)
         tails = [prompt[length:] for prompt, length in zip(prompts, shared, strict=True)]
@@ -72,16 +72,15 @@ def read_sites(
             lines = torch.arange(len(chosen), device=batch.input_ids.device)
             last = torch.tensor([len(tails[index]) - 1 for index in chosen], device=lines.device)
             for site in sites:
-                values = recording[site][lines, last].to(device="cpu", dtype=torch.float64)
-                for index, value in zip(chosen, values, strict=True):
-                    found[site][index] = value
-    joined = {site: torch.stack(values) for site, values in found.items()}
-    for site, values in joined.items():
+                parts[site].append(recording[site][lines, last].to(device="cpu", dtype=torch.float64))
+    places = torch.tensor(order).argsort()
+    found = {site: torch.cat(pieces)[places] for site, pieces in parts.items()}
+    for site, values in found.items():
         if not bool(torch.isfinite(values).all()):
             raise NumericalError(
                 f"the model gives NaN or infinity at {site.role} of layer {site.layer}; load it in fp32 or bf16"
             )
-    return joined
+    return found
 
 
 def _beginnings(
@@ -90,7 +89,7 @@ def _beginnings(
     """How much of each prompt other prompts have too, whose keys and values those are, and all of them, up to where the pass ends."""
     shared = shared_lengths(prompts, [len(prompt) - 1 for prompt in prompts])
     # A memory decides on what it sees of the whole prompt in one pass.
-    if any(memory.changes == "model" for memory in handle.stack.memories):
+    if handle.stack.memory_inside:
         shared = [0] * len(prompts)
     heads, head_of = heads_of(prompts, shared)
     parts = []

@@ -92,6 +92,15 @@ class _Chunk:
     attention: Any = None
 
 
+def _taken(chunk: _Chunk, values: Sequence[Tensor], places: Sequence[tuple[int, int]]) -> Tensor:
+    """What stands in ``values[i][row]`` for each row of a chunk, by its ``(i, row)``, padded as the chunk is."""
+    # Rows are padded on the right, and no token sees what comes after it.
+    found = torch.zeros_like(chunk.hidden)
+    for line, (last, (place, row)) in enumerate(zip(chunk.last.tolist(), places, strict=True)):
+        found[line, : last + 1] = values[place][row, : last + 1]
+    return found
+
+
 class HeldRows:
     """Rows that stand at the entrance of a block and can be read above it.
 
@@ -169,26 +178,17 @@ class HeldRows:
 
         Attention that the others kept is theirs too.
         """
-        chunks = []
+        hidden = [chunk.hidden for chunk in others._chunks]
         kept = [chunk.attention for chunk in others._chunks]
+        attended = None if any(each is None for each in kept) else [_first(each) for each in kept]
+        chunks = []
         for number, chunk in enumerate(self._chunks):
             places = [
                 divmod((number * self._max_rows + line) * step, others._max_rows)
                 for line in range(len(chunk.last))
             ]
-
-            def taken(values: Sequence[Tensor], chunk: _Chunk = chunk, places: Any = places) -> Tensor:
-                # Rows are padded on the right, and no token sees what comes after it.
-                found = torch.zeros_like(chunk.hidden)
-                for line, (last, (place, row)) in enumerate(zip(chunk.last.tolist(), places, strict=True)):
-                    found[line, : last + 1] = values[place][row, : last + 1]
-                return found
-
-            attention = None
-            if all(each is not None for each in kept):
-                attention = _like(kept[0], taken([_first(each) for each in kept]))
-            hidden = taken([other.hidden for other in others._chunks])
-            chunks.append(replace(chunk, hidden=hidden, attention=attention))
+            attention = None if attended is None else _like(kept[0], _taken(chunk, attended, places))
+            chunks.append(replace(chunk, hidden=_taken(chunk, hidden, places), attention=attention))
         self._chunks, self._layer = chunks, others._layer
 
     def read(self, sites: Sequence[Site], stop: Site, *, keep_attention: bool = False) -> dict[Site, Tensor]:

@@ -98,7 +98,7 @@ def line_logits(
     order = sorted(range(len(lines)), key=lambda index: (lines[index].owner, lines[index].ids))
     limit = _CPU_TOKENS if handle.device.type == "cpu" else _DEVICE_TOKENS
     with handle.reading() if patches is None else handle.writing():
-        if any(memory.changes == "model" for memory in handle.stack.memories):
+        if handle.stack.memory_inside:
             yield from _whole(handle, lines, patches, batch_size)
             return
         group: list[int] = []
@@ -144,9 +144,8 @@ def _group(
     rows: list[_Line] = [(lines[index].owner, lines[index].ids) for index in group]
     # The token at `first` predicts something, so it is run with its line.
     shared, above, head_of = _behind(handle, rows, [lines[index].first for index in group], patches)
-    for chunk in _passes(
-        handle, [len(ids) - length for (_, ids), length in zip(rows, shared, strict=True)], batch_size
-    ):
+    added = [len(ids) - length for (_, ids), length in zip(rows, shared, strict=True)]
+    for chunk in _passes(handle, added, batch_size):
         tails = [list(rows[place][1][shared[place] :]) for place in chunk]
         wanted = [lines[group[place]].first - shared[place] for place in chunk]
         low = min(wanted)

@@ -107,6 +107,11 @@ class PatchStack:
         """The memories in force, joined by kind and group."""
         return self._memories
 
+    @property
+    def memory_inside(self) -> bool:
+        """Whether a memory in force acts inside the forward pass, on what it sees of a whole row there."""
+        return any(memory.changes == "model" for memory in self._memories)
+
     def rewrite(self, prompts: Sequence[str]) -> list[str]:
         """See ``ModelHandle.rewrite``."""
         found = list(prompts)

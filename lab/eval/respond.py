@@ -135,7 +135,7 @@ class ModelRespondent:
         )
         prompts = list(dict.fromkeys(key[1] for key in keys))
         fed = dict(zip(prompts, self.handle.rewrite(prompts), strict=True))
-        decides = any(memory.changes == "model" for memory in self.handle.stack.memories)
+        decides = self.handle.stack.memory_inside
         joined: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         questions = []
         for key in keys:

@@ -41,7 +41,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from editors import get_editor
 from editors.alphaedit import AlphaEditor
-from editors.rows import essence_row
 from editors.spread import SpreadEditor, prepare
 from lab.arch import Role
 from lab.data.cases import EditCase
@@ -61,7 +60,6 @@ from tests.benchmarks.speed_sides import (
     file,
     flops,
     given_values,
-    plain_row,
     restore,
     save_values,
     shared_ready,
@@ -71,7 +69,7 @@ from tests.benchmarks.speed_sides import (
     weights,
 )
 from tests.reference.single_edits import plain_single_edits
-from tests.reference.whole_edits import AlphaEditSolve, PlainBatches, memit_solve, plain_rome
+from tests.reference.whole_edits import AlphaEditSolve, PlainBatches, memit_solve
 
 PARTS = ("rome", "alphaedit", "memit", "single")
 SHAPES = ("gpt2", "llama")
@@ -84,7 +82,6 @@ def rome(sides: Sides) -> dict[str, Any]:
         "rome", layers=(layer,), clamp=clamp, prefixes=sides.rome_prefixes, **sides.search, **sides.statistics
     )
     inverse = torch.inverse(sides.moments[layer]).float()
-    down, tap = (sides.plain.module(role, layer) for role in (Role.MLP_OUT, Role.MLP))
     ours = plain = easy = Turn()
     worst: dict[str, float] = {}
     row: dict[str, Any] = {}
@@ -100,18 +97,7 @@ def rome(sides: Sides) -> dict[str, Any]:
         patch, turn = timed(lambda request=request: editor.edit(sides.ours, [request]))
         ours += turn
         (name,) = patch.deltas
-        factors, turn = timed(
-            lambda request=request: plain_rome(
-                sides.plain.model,
-                down,
-                tap,
-                sides.rows(request, sides.rome_prefixes),
-                plain_row(essence_row(sides.plain, request)),
-                inverse,
-                clamp=clamp,
-                **sides.search,
-            )
-        )
+        factors, turn = timed(lambda request=request: sides.edit_plainly(request, inverse, clamp))
         plain += turn
         theirs = {"plain": {name: torch.outer(*factors)}}
         if sides.easy is not None:
@@ -288,22 +274,12 @@ def single(sides: Sides) -> dict[str, Any]:
     )
     report, ours = timed(lambda: evaluate_editing(suite, sides.ours, editor, cases, in_order=True))
     inverse = torch.inverse(sides.moments[layer]).float()
-    down, tap = (sides.plain.module(role, layer) for role in (Role.MLP_OUT, Role.MLP))
     name = sides.plain.weight(Role.MLP_OUT, layer).name
     sampled = [cases.cases[index] for index in chosen]
 
     def work(case: EditCase) -> None:
         (request,) = case.requests
-        left, right = plain_rome(
-            sides.plain.model,
-            down,
-            tap,
-            sides.rows(request, sides.rome_prefixes),
-            plain_row(essence_row(sides.plain, request)),
-            inverse,
-            clamp=clamp,
-            **sides.search,
-        )
+        left, right = sides.edit_plainly(request, inverse, clamp)
         delta = LowRank(left[:, None], right[None])
         patch = WeightPatch(sides.plain.fingerprint, {name: delta}, Provenance("plain"))
         plain_single_edits(sides.plain, suite, [case], [patch])

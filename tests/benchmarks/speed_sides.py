@@ -34,7 +34,7 @@ from lab.stats import Corpus, StatsCache
 from lab.trace import Site
 from tests.benchmarks.speed_easyedit import EasyEdit, enter
 from tests.reference.value_search import PlainRow, plain_value_search
-from tests.reference.whole_edits import cosines, weight_of
+from tests.reference.whole_edits import cosines, plain_rome, weight_of
 
 WORDS = (" house", " year", " people", " river", " name", " list", " first", " time", " old", " city")
 
@@ -264,6 +264,20 @@ class Sides:
             **self.search,
         )
         return found.init + found.delta
+
+    def edit_plainly(self, request: EditRequest, inverse: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+        """The factors of one ROME edit by the reference, from an inverse moment."""
+        down, tap = (self.plain.module(role, self.rome_layer) for role in (Role.MLP_OUT, Role.MLP))
+        return plain_rome(
+            self.plain.model,
+            down,
+            tap,
+            self.rows(request, self.rome_prefixes),
+            plain_row(essence_row(self.plain, request)),
+            inverse,
+            clamp=clamp,
+            **self.search,
+        )
 
     def easy_weights(self, layers: Sequence[int]) -> dict[str, Tensor]:
         """EasyEdit's weights now, ``[out, in]`` by parameter."""
