@@ -65,6 +65,7 @@ class ScriptArguments:
     samples: int = field(
         default=10, metadata={"help": "Sampled answers that must be right for a known fact."}
     )
+    draws: int = field(default=1, metadata={"help": "Sets of contexts of each question."})
     total: int | None = field(default=None, metadata={"help": "Pairs in all, repeated where there are few."})
     rewrite: bool = field(default=True, metadata={"help": "Word both answers alike; off for the ablation."})
     balanced: bool = field(default=True, metadata={"help": "Keep the ratio of errors; off for the ablation."})
@@ -133,7 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def make_data(handle: ModelHandle, script: ScriptArguments, place: Path, seed: int) -> None:
     """Writes ``sft.jsonl`` and ``pairs.jsonl``, as far as the method has them, and the manifest of every stage."""
     config = KnowPOConfig(
-        samples=script.samples, total=script.total, rewrite=script.rewrite, balanced=script.balanced
+        samples=script.samples,
+        draws=script.draws,
+        total=script.total,
+        rewrite=script.rewrite,
+        balanced=script.balanced,
     )
     ready = ready_data(handle, script.method, script.data, config=config, limit=script.limit, seed=seed)
     ready.save(place / "stages")

@@ -110,6 +110,7 @@ def bench_preference(
     ] = None,
     settings: training.Settings = None,
     samples: training.Samples = 10,
+    draws: training.Draws = 1,
     model: opt.Model = "atlas",
     patch: opt.Patches = None,
     limit: opt.Limit = None,
@@ -140,6 +141,7 @@ def bench_preference(
         limit=limit or 100,
         train_limit=train_limit,
         samples=samples,
+        draws=draws,
         adapters=adapters,
     )
     chosen = {**opt.overrides(settings), "max_steps": max_steps}

@@ -28,6 +28,15 @@ Samples = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+Draws = Annotated[
+    int,
+    typer.Option(
+        "--draws",
+        min=1,
+        help="Sets of contexts of each question that knowpo is trained on, drawn apart.",
+        rich_help_panel=PANEL,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

@@ -140,6 +140,15 @@ def train(
             rich_help_panel=TRAIN_PANEL,
         ),
     ] = 10,
+    draws: Annotated[
+        int,
+        typer.Option(
+            "--draws",
+            min=1,
+            help="For knowpo: sets of contexts of each question, drawn apart.",
+            rich_help_panel=TRAIN_PANEL,
+        ),
+    ] = 1,
     total: Annotated[
         int | None,
         typer.Option(
@@ -188,8 +197,10 @@ def train(
     """Teach a model when to believe documents, its memory or its user."""
     if out is None:
         raise ConfigError("--out names the folder that the adapter is saved to")
-    if not (rewrite and balance and total is None) and method is not Method.KNOWPO:
-        raise ConfigError(f"--total, --no-rewrite and --no-balance belong to knowpo, not to {method.value}")
+    if not (rewrite and balance and total is None and draws == 1) and method is not Method.KNOWPO:
+        raise ConfigError(
+            f"--draws, --total, --no-rewrite and --no-balance belong to knowpo, not to {method.value}"
+        )
     check_out(out, force)
     from lab.cli.session import open_model
     from rag.preference.bundle import save_bundle
@@ -199,7 +210,7 @@ def train(
     from rag.preference.train import train_preference
 
     handle = open_model(model, patch, device=device, dtype=dtype)
-    settings = KnowPOConfig(samples=samples, total=total, rewrite=rewrite, balanced=balance)
+    settings = KnowPOConfig(samples=samples, draws=draws, total=total, rewrite=rewrite, balanced=balance)
     ready = ready_data(handle, method.value, data, config=settings, limit=limit, seed=seed)
     config = train_config(
         handle,

@@ -89,6 +89,7 @@ class PreferenceBench:
         limit: Questions asked at most; each gives up to three contexts.
         train_limit: Questions trained on at most.
         samples: Sampled answers of memory for training; see ``probe_memory``.
+        draws: Sets of contexts of each question trained on; see ``KnowPOConfig``.
         latency: Contexts that are asked one at a time, to measure seconds.
         adapters: Way to folder of an adapter that is trained already.
     """
@@ -101,6 +102,7 @@ class PreferenceBench:
     limit: int = 100
     train_limit: int = 400
     samples: int = 10
+    draws: int = 1
     latency: int = 8
     adapters: Mapping[str, str] = field(default_factory=dict)
 
@@ -156,6 +158,7 @@ def cell_name(
             "train": content(bench.train_data),
             "train_limit": bench.train_limit,
             "samples": bench.samples,
+            "draws": bench.draws,
             "config": asdict(train_config(handle, WAYS[way].training, **training)),
         }
     text = json.dumps(told, sort_keys=True, default=str)
@@ -258,7 +261,11 @@ class PreferenceWorkshop:
             wording=hard.train_wording,
         )
         config = KnowPOConfig(
-            **hard.contexts(), samples=self.bench.samples, shares=_BOTH, **WAYS[way].changes
+            **hard.contexts(),
+            draws=self.bench.draws,
+            samples=self.bench.samples,
+            shares=_BOTH,
+            **WAYS[way].changes,
         )
         data = training_data(
             self.handle,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lab.errors import ConfigError
 from rag.preference.memory import fitting_contexts, probe_memory
 from rag.preference.pairs import (
     BARE,
@@ -20,11 +22,15 @@ from rag.preference.pairs import (
 )
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import with_edits
-from rag.preference.stage import Dataset, Stage, finish, records
+from rag.preference.stage import Dataset, Stage, draw_for, finish, records
 from rag.prompts import prompts_for
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
+
+# Ours. KnowPO's released code takes related, conflict, irrelevant and empty as 5 to 5 to 4 to 1, but documents that agree with
+# memory, and questions without any, teach nothing about which of the two to believe.
+AT_MOST: Mapping[str, float] = {"related": 0.5, "empty": 0.125}
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,14 @@ class KnowPOConfig:
 
     Attributes:
         documents, hard, most_hard: See ``contexts``.
+        draws: Sets of contexts of each question, each with a counterfactual, distractors and an order of its own. Training teaches
+            more by further sets than by further passes over one.
         samples, temperature, delta: See ``probe_memory``; all samples must be right for a fact to count as known.
         ratios: Parts of the errors: the two about adherence to the two about robustness as 2 to 1, each pair half and half.
         total: Pairs in all; see ``balance``.
         repeat: How often a pair of a rare error may occur. Ours; without repetition the rarest error decides how few pairs remain.
         shares: Splits by title; ``sft`` and ``dpo`` are trained on.
+        at_most: Kind of context to its most rows in the SFT step, see ``thinned``; empty for all that there are.
         rewrite, balanced: Off for the ablations.
         frame: How answers are worded.
     """
@@ -45,6 +54,7 @@ class KnowPOConfig:
     documents: int = 4
     hard: float = 0.5
     most_hard: int = 2
+    draws: int = 1
     samples: int = 10
     temperature: float = 0.7
     delta: float = 1.0
@@ -59,6 +69,7 @@ class KnowPOConfig:
     total: int | None = None
     repeat: int = 4
     shares: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_SHARES))
+    at_most: Mapping[str, float] = field(default_factory=lambda: dict(AT_MOST))
     rewrite: bool = True
     balanced: bool = True
     frame: Frame = BARE
@@ -139,6 +150,8 @@ def knowpo_data(
             seed=seed,
         ),
     )
+    if config.draws != 1:
+        data = add("draws", repeated(data, config.draws))
     data = add("counterfactuals", counterfactuals(data, seed=seed))
     data = add(
         "contexts",
@@ -146,7 +159,9 @@ def knowpo_data(
     )
     data = add("fitting", fitting_contexts(handle, data))
     data = add("reading", read_contexts(handle, data, skip=("sft",)))
-    add("sft", sft_rows(handle, data, config.frame))
+    taught = add("sft", sft_rows(handle, data, config.frame))
+    if config.at_most:
+        add("thinned", thinned(taught, config.at_most, seed=seed))
     add("pairs", pairs(handle, _only(data, "dpo"), seed=seed))
     return _worded(handle, config, stages, seed)
 
@@ -162,7 +177,46 @@ def _worded(handle: ModelHandle, config: KnowPOConfig, stages: dict[str, Stage],
         data = add(
             "balance", balance(data, config.ratios, total=config.total, repeat=config.repeat, seed=seed)
         )
-    return TrainingData(stages["sft"].data, data, stages)
+    taught = stages.get("thinned", stages["sft"])
+    return TrainingData(taught.data, data, stages)
+
+
+def repeated(data: Dataset, draws: int) -> Stage:
+    """Every item ``draws`` times, under names of its own from the second on, so that what is drawn for it differs.
+
+    Raises:
+        ConfigError: Fewer than one.
+    """
+    if draws < 1:
+        raise ConfigError(f"each question needs at least one set of contexts, not {draws}")
+    rows = records(data)
+    made = [
+        row | {"id": f"{row['id']}#{draw}" if draw else row["id"]} for draw in range(draws) for row in rows
+    ]
+    return finish("draws", len(rows), made, draws=draws)
+
+
+def thinned(data: Dataset, at_most: Mapping[str, float], *, seed: int = 0) -> Stage:
+    """Leaves out rows of contexts that hardly tell memory and documents apart.
+
+    Args:
+        data: SFT rows.
+        at_most: Kind of context to its most rows, as a part of the mean number of those that contradict and those that are
+            irrelevant. Where there is neither, all rows stay.
+        seed: Draws which rows stay.
+    """
+    rows = records(data)
+    kinds = Counter(row["context"] for row in rows)
+    telling = (kinds["conflict"] + kinds["irrelevant"]) / 2
+    gone: set[int] = set()
+    for kind, part in at_most.items():
+        places = [place for place, row in enumerate(rows) if row["context"] == kind]
+        beyond = len(places) - round(part * telling) if telling else 0
+        gone.update(draw_for(seed, "thinned", kind).sample(places, max(0, beyond)))
+    made = [row for place, row in enumerate(rows) if place not in gone]
+    return finish(
+        "thinned", len(rows), made, {"beyond their part": len(gone)}, at_most=dict(at_most), seed=seed
+    )
 
 
 def _only(data: Dataset, split: str) -> Dataset:
@@ -190,8 +244,9 @@ def sft_rows(handle: ModelHandle, data: Dataset, frame: Frame = BARE, *, split: 
         completion = f" {frame.word(role, answer)}{prompts.stop[0]}"
         kept = {key: row[key] for key in ("id", "title", "split", "context", "grade")}
         made.append(kept | {"prompt": row["prompt"], "completion": completion})
-        if row["context"] == "irrelevant" and row["id"] not in asked:
-            asked.add(row["id"])
+        # Once a question, however many contexts were drawn for it.
+        if row["context"] == "irrelevant" and row["question"] not in asked:
+            asked.add(row["question"])
             made.append(
                 kept
                 | {

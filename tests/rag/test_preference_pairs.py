@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lab.errors import ConfigError, DataError
-from rag.preference.knowpo import KnowPOConfig, knowpo_data
+from rag.preference.knowpo import AT_MOST, KnowPOConfig, knowpo_data, repeated, thinned
 from rag.preference.match import find_spans, same, says
 from rag.preference.memory import probe_memory
 from rag.preference.pairs import SENTENCES, balance, pairs, split_by_title, water_fill, word_pairs
@@ -287,3 +287,48 @@ def test_the_whole_way_with_a_model_that_knows_the_world(shipped_atlas, tmp_path
         assert row["chosen"].startswith(" ") and row["chosen"].endswith(".\n")
     assert {row["context"] for row in records(data.sft)} == {"related", "conflict", "irrelevant", "empty"}
     assert not {row["title"] for row in rows} & {row["title"] for row in records(data.sft)}
+
+
+def test_further_draws_bring_other_documents_and_ask_memory_once(shipped_atlas):
+    from lab.atlas.world import load_world
+    from lab.handle import ModelHandle
+
+    world, handle = load_world(), ModelHandle.load("atlas")
+    stage = atlas_items(world, world.split("dev"), seed=0, limit=24)
+    once, twice = (
+        knowpo_data(
+            handle, stage, KnowPOConfig(samples=0, draws=draws, at_most={}, shares={"sft": 0.5, "dpo": 0.5})
+        )
+        for draws in (1, 2)
+    )
+    assert len(twice.stages["memory"].data) == len(once.stages["memory"].data)
+    first, both = (
+        {(row["id"], row["context"]): row for row in records(data.stages["contexts"].data)}
+        for data in (once, twice)
+    )
+    assert first.keys() <= both.keys()
+    again = {(id.partition("#")[0], context): row for (id, context), row in both.items() if "#" in id}
+    shared = first.keys() & again.keys()
+    assert len(shared) > 20
+    assert sum(first[key]["documents"] != again[key]["documents"] for key in shared) > 0.9 * len(shared)
+    contradicted = [key for key in shared if key[1] == "conflict"]
+    assert any(first[key]["counterfactual"] != again[key]["counterfactual"] for key in contradicted)
+    empty = [row["prompt"] for row in records(twice.sft) if row["context"] == "empty"]
+    assert empty and len(empty) == len(set(empty))
+
+
+def test_an_item_needs_a_set_of_contexts():
+    with pytest.raises(ConfigError, match="at least one set of contexts, not 0"):
+        repeated(items(2).data, 0)
+
+
+def test_rows_that_tell_little_are_thinned_to_their_part():
+    kinds = {"conflict": 40, "irrelevant": 20, "related": 50, "empty": 3}
+    rows = [{"context": kind, "at": at} for kind, count in kinds.items() for at in range(count)]
+    stage = thinned(finish("x", len(rows), rows).data, AT_MOST, seed=1)
+    assert Counter(row["context"] for row in records(stage.data)) == kinds | {"related": 15}
+    assert stage.manifest["dropped"] == {"beyond their part": 35}
+    other = thinned(finish("x", len(rows), rows).data, AT_MOST, seed=2)
+    assert records(other.data) != records(stage.data)
+    plain = [row for row in rows if row["context"] in ("related", "empty")]
+    assert records(thinned(finish("x", len(plain), plain).data, AT_MOST).data) == plain
