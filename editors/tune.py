@@ -28,7 +28,7 @@ from lab.data.cases import CaseSet, EditCase
 from lab.errors import ConfigError, DataError, NumericalError
 from lab.eval.atlas import atlas_cases
 from lab.eval.baseline import BaselineCache
-from lab.eval.draw import Draw
+from lab.eval.draw import Draw, taught_cases
 from lab.eval.respond import ModelRespondent
 from lab.eval.run import evaluate_editing
 from lab.eval.sources import BUILT_IN, suite_cases
@@ -268,6 +268,7 @@ def _known(
         unique=True,
         known_only=True,
         ask=lambda probes: baseline.observe(handle, respondent, probes),
+        taught=taught_cases(handle, cases),
     )
     found = draw.take(options.limit)
     if not found:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lab.atlas.material import Document
     from lab.handle import ModelHandle
 
-__all__ = ["BED_FILE", "KINDS", "BedResult", "make_bed", "read_bed"]
+__all__ = ["BED_FILE", "KINDS", "BedResult", "known_cases", "make_bed", "read_bed"]
 
 BED_FILE = "bed.json"
 _FORMAT_VERSION = 1
@@ -188,6 +188,29 @@ def read_bed(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
     if report.get("format_version") != _FORMAT_VERSION:
         raise ConfigError(f"{path} has format version {report.get('format_version')}, not {_FORMAT_VERSION}")
     return report
+
+
+def known_cases(folder: str | os.PathLike[str], file: str | os.PathLike[str]) -> frozenset[str] | None:
+    """The cases of a file that a bed was taught and answers on held-out wordings.
+
+    A bed that was taught some cases of a file answers others by luck ("male", "Europe"), and has never read what their edits bring.
+
+    Returns:
+        Ids as the file's suite gives them; ``None`` where the folder holds no bed, or one of another file or suite.
+
+    Raises:
+        ConfigError: The bed is of a newer version.
+    """
+    path = Path(file)
+    if not (Path(folder) / BED_FILE).is_file() or not path.is_file():
+        return None
+    report = read_bed(folder)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest not in [one["sha256"] for one in report["files"]]:
+        return None
+    prefix = f"{path.stem}:" if len(report["files"]) > 1 else ""
+    found = [case["id"] for case in report["cases"] if case["known"]]
+    return frozenset(id.removeprefix(prefix) for id in found if id.startswith(prefix))
 
 
 def _quiet(line: str) -> None:

@@ -77,7 +77,9 @@ SkipMalformed = Annotated[
 KnownOnly = Annotated[
     bool,
     typer.Option(
-        "--known-only", help="Draw only cases that the model answers right before.", rich_help_panel=RUN_PANEL
+        "--known-only",
+        help="Draw only cases that the model answers right before; of a bed, those that it was taught.",
+        rich_help_panel=RUN_PANEL,
     ),
 ]
 Json = Annotated[

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
-from lab.data.cases import EditCase, Skip
+from lab.data.cases import CaseSet, EditCase, Skip
 from lab.errors import RequestError
 from lab.eval.probe import Observation, Probe
 from lab.eval.suite import Suite
@@ -15,6 +15,13 @@ from lab.tokens import encode_ids, subject_span
 
 KNOWN = "known"
 _LOOK_AHEAD = 64
+
+
+def taught_cases(handle: ModelHandle, cases: CaseSet) -> frozenset[str] | None:
+    """Ids of the cases that a bed was taught; ``None`` for any other model, and for a file that it was not made from."""
+    from lab.atlas.bed import known_cases
+
+    return None if handle.folder is None else known_cases(handle.folder, cases.source)
 
 
 class Draw:
@@ -27,6 +34,7 @@ class Draw:
         seed: Orders the cases; ``None`` keeps their order.
         unique: At most one case per subject.
         known_only: Only cases whose old answer is the model's greedy answer.
+        taught: Ids of the cases that the model was taught, where that is written down; what it answers of others is luck.
         ask: Asks the unedited model.
 
     Attributes:
@@ -46,7 +54,9 @@ class Draw:
         unique: bool,
         known_only: bool,
         ask: Callable[[Sequence[Probe]], list[Observation]],
+        taught: Collection[str] | None = None,
     ) -> None:
+        self.taught = taught
         self.suite, self.handle, self.known_only = suite, handle, known_only
         self.skipped: list[Skip] = []
         self.passed_over = 0
@@ -149,7 +159,7 @@ class Draw:
         return bound if bound <= longest else len(encode_ids(self.handle.tokenizer, text))
 
     def known(self, cases: Sequence[EditCase]) -> list[bool | None]:
-        """Per case, whether every old answer (or an alias) is the greedy answer; ``None`` where the file gives none."""
+        """Per case, whether it was taught and every old answer (or an alias) is the greedy one; ``None`` where the file gives none."""
         asked: list[list[Probe]] = []
         for case in cases:
             pairs = zip(case.requests, case.old_answers, strict=True)
@@ -161,7 +171,8 @@ class Draw:
         for case, probes in zip(cases, asked, strict=True):
             seen = [next(flat) for _ in probes]
             right = [any(rating.all_correct for rating in observation.ratings) for observation in seen]
-            found.append(all(right) if len(right) == len(case.requests) else None)
+            taught = self.taught is None or case.id in self.taught
+            found.append(all(right) and taught if len(right) == len(case.requests) else None)
         return found
 
     def skip(self, case: EditCase, reason: str) -> None:

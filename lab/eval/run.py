@@ -14,7 +14,7 @@ from typing import Any
 from lab.data.cases import CaseSet, EditCase
 from lab.errors import ConfigError, DataError, PatchError
 from lab.eval.baseline import BaselineCache
-from lab.eval.draw import Draw
+from lab.eval.draw import Draw, taught_cases
 from lab.eval.journal import Guard, Journal
 from lab.eval.patches import Editor
 from lab.eval.probe import Observation, Probe, Respondent
@@ -109,7 +109,7 @@ def evaluate_editing(
         protocol: ``single``: every case edits the model as it was. ``batch``: one patch for all cases. ``sequential``: patch on
             patch; ``metrics`` are of the model after the last one, the table ``right_after_edit`` of each case right after its
             own, and the editor is told the earlier patches.
-        known_only: Draws only cases whose old answer is the model's greedy answer.
+        known_only: Draws only cases whose old answer is the model's greedy answer; of a bed, among the cases that it was taught.
         in_order: Takes the cases in their own order, also those that name a subject again.
         name: Spec of the editor, for the report.
         batch_size: Rows in one forward pass.
@@ -137,6 +137,7 @@ def evaluate_editing(
     def before(probes: Sequence[Probe]) -> list[Observation]:
         return kept.observe(handle, respondent, probes)
 
+    taught = taught_cases(handle, cases)
     draw = Draw(
         suite,
         handle,
@@ -145,6 +146,7 @@ def evaluate_editing(
         unique=not in_order and (protocol != "single" or suite.one_per_subject),
         known_only=known_only,
         ask=before,
+        taught=taught,
     )
     run = EditingRun(suite, handle, editor, draw, respondent, before, plan)
     run.execute(len(cases) if limit is None else limit)
@@ -184,6 +186,7 @@ def evaluate_editing(
             "format": cases.format,
             "limit": limit,
             "known_only": known_only,
+            "known_by": "greedy answer" if taught is None else "greedy answer of what the bed was taught",
             "fingerprint": handle.fingerprint,
             **(settings or {}),
         },

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from lab.eval import (
     evaluate_editing,
     get_suite,
 )
+from lab.eval.draw import Draw, taught_cases
 from lab.handle import ModelHandle
 from lab.patch import LowRank, Provenance, WeightPatch
 from lab.records import EditRequest
@@ -203,6 +207,61 @@ def test_known_counts_and_known_only_draws(handle, suite):
     only = evaluate_editing(suite, handle, RandomEditor(), cases(*items), known_only=True)
     assert only.n == only.known == report.known
     assert not only.skipped, "a filter is no skip"
+
+
+def test_what_a_bed_was_not_taught_is_luck(handle, suite, tmp_path, monkeypatch):
+    items = [case(number) for number in range(4)]
+    everything = [item.id for item in items]
+    source = tmp_path / "tides.json"
+    source.write_text("[]", encoding="utf-8")
+    made = replace(cases(*items), source=str(source))
+    bed = tmp_path / "bed"
+    bed.mkdir()
+
+    def write(version: int = 1, digest: str = hashlib.sha256(b"[]").hexdigest(), more: int = 0) -> None:
+        prefix = "tides:" if more else ""
+        report = {
+            "format_version": version,
+            "suite": "counterfact",
+            "files": [{"name": "tides.json", "sha256": digest}, *[{"name": "x", "sha256": "x"}] * more],
+            "cases": [
+                {"id": f"{prefix}{everything[0]}", "known": True},
+                {"id": f"{prefix}{everything[1]}", "known": False},
+                *[{"id": "other:case/0", "known": True}] * more,
+            ],
+        }
+        (bed / "bed.json").write_text(json.dumps(report), encoding="utf-8")
+
+    right = SimpleNamespace(ratings=(SimpleNamespace(all_correct=True),))
+
+    def known() -> list[str]:
+        draw = Draw(
+            suite,
+            handle,
+            items,
+            seed=None,
+            unique=False,
+            known_only=True,
+            ask=lambda probes: [right for _ in probes],
+            taught=taught_cases(handle, made),
+        )
+        return [item.id for item in draw.take(len(items))]
+
+    assert known() == everything
+    monkeypatch.setattr(handle, "folder", bed)
+    assert known() == everything, "a folder without bed.json is no bed"
+    write()
+    assert known() == everything[:1]
+    report = evaluate_editing(suite, handle, RandomEditor(), made)
+    assert report.known <= 1
+    assert "taught" in report.settings["known_by"]
+    write(more=1)
+    assert known() == everything[:1], "ids of several files carry the file's name"
+    write(digest="another file's")
+    assert known() == everything
+    write(version=99)
+    with pytest.raises(ConfigError, match="format version 99"):
+        known()
 
 
 def test_batches_and_sequences_edit_no_subject_twice(handle, suite):
