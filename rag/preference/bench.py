@@ -67,6 +67,8 @@ WAYS: Mapping[str, Way] = {
     "sft": Way("what KnowPO prefers, by SFT in as many tokens", training="sft"),
     "context_dpo": Way("documents over memory", training="context_dpo"),
     "knowpo": Way("adherence and robustness", training="knowpo"),
+    "sft_con": Way("the same after notes", reader="con", training="sft", changes={"reader": "con"}),
+    "knowpo_con": Way("KnowPO after notes", reader="con", training="knowpo", changes={"reader": "con"}),
     "knowpo_no_rewrite": Way("KnowPO without rewriting", training="knowpo", changes={"rewrite": False}),
     "knowpo_no_ratio": Way("KnowPO without balancing", training="knowpo", changes={"balanced": False}),
     "dta": Way("answer or admit (Divide-Then-Align)", training="dta"),
@@ -191,8 +193,9 @@ class PreferenceWorkshop:
     ) -> None:
         self.handle, self.bench, self.training, self.progress = handle, bench, training, progress
         self._contexts: dict[int, Dataset] = {}
-        self._begun: dict[int, Mapping[str, Stage]] = {}
-        self._first: dict[int, Trained] = {}
+        # By seed and by the reader that is trained.
+        self._begun: dict[tuple[int, str], Mapping[str, Stage]] = {}
+        self._first: dict[tuple[int, str], Trained] = {}
 
     def run(self, way: str, seed: int) -> Record:
         """One cell: rows, metrics, seconds, and what was trained."""
@@ -267,28 +270,29 @@ class PreferenceWorkshop:
             shares=_BOTH,
             **WAYS[way].changes,
         )
+        shared = (seed, config.reader)
         data = training_data(
             self.handle,
             "knowpo" if method == "sft" else method,
             items,
             config=config,
             seed=seed,
-            begun=self._begun.get(seed),
+            begun=self._begun.get(shared),
         )
         if method in ("sft", "knowpo"):
             # The control and the ablations go on from the same pairs.
-            self._begun[seed] = data.stages
+            self._begun[shared] = data.stages
         first = None
         if method == "sft":
             data, training = equal_token_sft(self.handle, data, training)
         elif method == "knowpo":
             # The ablations differ in the second step only.
-            if seed not in self._first:
+            if shared not in self._first:
                 rows = replace(data, pairs=None)
-                self._first[seed] = train_preference(
+                self._first[shared] = train_preference(
                     self.handle, rows, training, method=method, seed=seed, progress=self.progress
                 )
-            first = self._first[seed]
+            first = self._first[shared]
         trained = train_preference(
             self.handle, data, training, method=way, seed=seed, progress=self.progress, first=first
         )

@@ -41,6 +41,7 @@ class KnowPOConfig:
         documents, hard, most_hard: See ``contexts``.
         draws: Sets of contexts of each question, each with a counterfactual, distractors and an order of its own. Training teaches
             more by further sets than by further passes over one.
+        reader: How contexts are read, the name of a reader: answers are trained where this one gives them, with ``con`` after notes.
         samples, temperature, delta: See ``probe_memory``; all samples must be right for a fact to count as known.
         ratios: Parts of the errors: the two about adherence to the two about robustness as 2 to 1, each pair half and half.
         total: Pairs in all; see ``balance``.
@@ -55,6 +56,7 @@ class KnowPOConfig:
     hard: float = 0.5
     most_hard: int = 2
     draws: int = 1
+    reader: str = "direct"
     samples: int = 10
     temperature: float = 0.7
     delta: float = 1.0
@@ -158,7 +160,7 @@ def knowpo_data(
         contexts(data, documents=config.documents, hard=config.hard, most_hard=config.most_hard, seed=seed),
     )
     data = add("fitting", fitting_contexts(handle, data))
-    data = add("reading", read_contexts(handle, data, skip=("sft",)))
+    data = add("reading", read_contexts(handle, data, skip=("sft",), reader=config.reader))
     taught = add("sft", sft_rows(handle, data, config.frame))
     if config.at_most:
         add("thinned", thinned(taught, config.at_most, seed=seed))

@@ -84,29 +84,43 @@ def split_by_title(data: Dataset, shares: Mapping[str, float] = DEFAULT_SHARES, 
     return finish("split", len(rows), rows, shares=dict(shares), seed=seed)
 
 
-def read_contexts(handle: ModelHandle, data: Dataset, *, skip: Sequence[str] = ()) -> Stage:
-    """Lets the model answer every context with the plain reader: where its on-policy mistakes come from.
+def read_contexts(
+    handle: ModelHandle, data: Dataset, *, skip: Sequence[str] = (), reader: str = "direct"
+) -> Stage:
+    """Lets the model answer every context: where its on-policy mistakes come from.
+
+    A reader that leaves documents out may leave none; a context that holds an answer is then dropped, as no prompt shows it.
 
     Args:
         handle: The model.
         data: Contexts.
-        skip: Splits whose contexts are not answered, as nothing is rejected there.
+        skip: Splits whose contexts are not answered, as nothing is rejected there. Of readers that write before they answer all are.
+        reader: The reader's name.
 
     Adds:
         ``prompt``, ``read`` (the answer; empty where skipped), ``read_raw`` (as generated).
     """
-    from rag.readers.prompted import DirectReader
+    from rag.readers import READERS
 
-    reader = DirectReader(handle)
+    asker = READERS.get(reader)(handle)
+    plain, prompts = reader == "direct", asker.prompts
     rows = records(data)
     items = [(row["question"], [Passage("", text) for text in row["documents"]]) for row in rows]
     for row, (question, passages) in zip(rows, items, strict=True):
-        row |= {"prompt": reader.prompts.direct(question, passages), "read": "", "read_raw": ""}
-    asked = [place for place, row in enumerate(rows) if row["split"] not in skip]
-    readings = reader.read_many([items[place] for place in asked]) if asked else []
+        row |= {"prompt": prompts.direct(question, passages), "read": "", "read_raw": ""}
+    asked = [place for place, row in enumerate(rows) if not plain or row["split"] not in skip]
+    readings = asker.read_many([items[place] for place in asked]) if asked else []
     for place, reading in zip(asked, readings, strict=True):
-        rows[place] |= {"read": reading.answer, "read_raw": reading.raw}
-    return finish("reading", len(rows), rows, skip=list(skip), model=handle.fingerprint, state=handle.state)
+        raw = reading.raw if plain else f" {reading.answer}"
+        rows[place] |= {"read": reading.answer, "read_raw": raw, "prompt": reading.prompt}
+    made = [
+        row
+        for row in rows
+        if row["context"] == "irrelevant" or row["prompt"] != prompts.closed(row["question"])
+    ]
+    gone = {"the reader kept no document": len(rows) - len(made)}
+    told = {"model": handle.fingerprint, "state": handle.state, "reader": reader}
+    return finish("reading", len(rows), made, gone, skip=list(skip), **told)
 
 
 def pairs(handle: ModelHandle, data: Dataset, *, seed: int = 0) -> Stage:

@@ -32,6 +32,7 @@ class Reading:
         known: Whether the answer says anything.
         notes: Notes on the documents, where the reader writes them.
         raw: What the model generated, notes included.
+        prompt: What the answer came after, notes included.
         fallback: The model's notes held no answer, so it was asked once more without notes.
     """
 
@@ -40,6 +41,7 @@ class Reading:
     known: bool
     notes: tuple[ReadingNote, ...] = ()
     raw: str = ""
+    prompt: str = ""
     fallback: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class Reader(ABC):
             stop=self.prompts.stop,
         )
         readings = []
-        for (question, _), text in zip(items, texts, strict=True):
+        for (question, _), prompt, text in zip(items, prompts, texts, strict=True):
             answer = self.prompts.answer(text)
-            readings.append(Reading(question, answer, self.prompts.knows(answer), raw=text))
+            readings.append(Reading(question, answer, self.prompts.knows(answer), raw=text, prompt=prompt))
         return readings

@@ -53,9 +53,9 @@ class UncheckedNotesReader(Reader):
         longest = max(len(passages) for _, passages in items)
         texts = self._written(prompts, self.max_new_tokens + TOKENS_PER_NOTE * longest)
         readings = []
-        for (question, passages), text in zip(items, texts, strict=True):
+        for (question, passages), prompt, text in zip(items, prompts, texts, strict=True):
             written = self.prompts.written(text, len(passages))
-            readings.append(self._reading(question, written, text))
+            readings.append(self._reading(question, written, text, prompt))
         if not self.rule.uses_memory:
             return readings
         answered = [index for index, reading in enumerate(readings) if reading.answer]
@@ -65,7 +65,10 @@ class UncheckedNotesReader(Reader):
                 answered, self._answers(after, [items[index] for index in answered]), strict=True
             ):
                 readings[index] = replace(
-                    readings[index], answer=reading.answer, known=self.prompts.knows(reading.answer)
+                    readings[index],
+                    answer=reading.answer,
+                    known=self.prompts.knows(reading.answer),
+                    prompt=reading.prompt,
                 )
         return readings
 
@@ -80,9 +83,10 @@ class UncheckedNotesReader(Reader):
         held.update(zip(missing, made, strict=True))
         return [held[prompt] for prompt in prompts]
 
-    def _reading(self, question: str, written: Written, raw: str) -> Reading:
+    def _reading(self, question: str, written: Written, raw: str, prompt: str) -> Reading:
         known = self.prompts.knows(written.answer)
-        return Reading(question, written.answer, known, written.notes, raw)
+        after = self.prompts.after_notes(prompt, raw)
+        return Reading(question, written.answer, known, written.notes, raw, after)
 
 
 class NotesReader(UncheckedNotesReader):

@@ -10,7 +10,15 @@ from lab.errors import ConfigError, DataError
 from rag.preference.knowpo import AT_MOST, KnowPOConfig, knowpo_data, repeated, thinned
 from rag.preference.match import find_spans, same, says
 from rag.preference.memory import probe_memory
-from rag.preference.pairs import SENTENCES, balance, pairs, split_by_title, water_fill, word_pairs
+from rag.preference.pairs import (
+    SENTENCES,
+    balance,
+    pairs,
+    read_contexts,
+    split_by_title,
+    water_fill,
+    word_pairs,
+)
 from rag.preference.passages import contexts, counterfactuals, rewrite_passage
 from rag.preference.sources import answer_type, atlas_items, item, read_items, with_edits
 from rag.preference.stage import finish, records
@@ -332,3 +340,39 @@ def test_rows_that_tell_little_are_thinned_to_their_part():
     assert records(other.data) != records(stage.data)
     plain = [row for row in rows if row["context"] in ("related", "empty")]
     assert records(thinned(finish("x", len(plain), plain).data, AT_MOST).data) == plain
+
+
+def test_answers_after_notes_are_trained_where_the_reader_gives_them(shipped_atlas):
+    from lab.atlas.world import load_world
+    from lab.handle import ModelHandle
+    from lab.records import Passage
+    from rag.readers import READERS
+
+    world, handle = load_world(), ModelHandle.load("atlas")
+    stage = atlas_items(world, world.split("dev"), seed=1, limit=32)
+    config = KnowPOConfig(
+        samples=0, reader="con", balanced=False, at_most={}, shares={"sft": 0.5, "dpo": 0.5}
+    )
+    data = knowpo_data(handle, stage, config)
+    read = records(data.stages["reading"].data)
+    before = records(data.stages["fitting"].data)
+    assert data.stages["reading"].manifest["settings"]["reader"] == "con"
+    reader = READERS.get("con")(handle)
+    closed = {row["id"]: reader.prompts.closed(row["question"]) for row in before}
+    kept = {(row["id"], row["context"]) for row in read}
+    items = [(row["question"], [Passage("", text) for text in row["documents"]]) for row in before]
+    for row, reading in zip(before, reader.read_many(items), strict=True):
+        lost = row["context"] != "irrelevant" and reading.prompt == closed[row["id"]]
+        assert ((row["id"], row["context"]) in kept) != lost
+    told = [row for row in read if row["context"] == "conflict"]
+    assert told
+    assert all("\nNotes: " in row["prompt"] and row["prompt"].endswith("Answer:") for row in told)
+    for row in told[:4]:
+        # What comes after the prompt is what the reader read.
+        [text] = handle.generate([row["prompt"]], max_new_tokens=24, stop=reader.prompts.stop)
+        assert reader.prompts.answer(text) == row["read"]
+    apart = [row for row in read if row["context"] == "irrelevant"]
+    assert sum(row["prompt"] == closed[row["id"]] for row in apart) > len(apart) / 2
+    assert {row["prompt"] for row in records(data.pairs)} <= {row["prompt"] for row in read}
+    plain = read_contexts(handle, data.stages["fitting"].data)
+    assert len(plain.data) == len(before)
