@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lab.eval.report import Report
     from lab.eval.suite import Suite, Values
     from lab.handle import ModelHandle
+    from lab.patch import WeightPatch
     from lab.records import EditRequest
 
 # Rises when cells of an older version must not be taken for finished.
@@ -322,11 +323,24 @@ def drift_of(
     if protocol == "sequential":
         whole = replace(reduce(lambda first, second: first + second, [p for _, p in pairs]), parents=())
         pairs = [(tuple(request for requests, _ in pairs for request in requests), whole)]
+    else:
+        # Rounds of one case stand on each other.
+        made = {patch.id: patch for _, patch in pairs}
+        pairs = [(requests, _with_parents(patch, made)) for requests, patch in pairs]
     pieces = [
         attention_drift(handle, patch, [r.prompt for r in requests], [r.subject for r in requests])
         for requests, patch in pairs
     ]
     return joined(pieces).to_json()
+
+
+def _with_parents(patch: WeightPatch, made: Mapping[str, WeightPatch]) -> WeightPatch:
+    """The patch together with those of ``made`` that it was computed on."""
+    below = [made[id] for id in patch.parents if id in made]
+    if not below:
+        return patch
+    others = tuple(id for id in patch.parents if id not in made)
+    return replace(reduce(lambda first, second: first + second, [*below, patch]), parents=others)
 
 
 def _row(

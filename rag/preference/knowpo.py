@@ -243,9 +243,9 @@ def sft_rows(handle: ModelHandle, data: Dataset, frame: Frame = BARE, *, split: 
             continue
         else:
             role, answer = "unknown", prompts.unknown
-        completion = f" {frame.word(role, answer)}{prompts.stop[0]}"
+        answered = f" {frame.word(role, answer)}{prompts.stop[0]}"
         kept = {key: row[key] for key in ("id", "title", "split", "context", "grade")}
-        made.append(kept | {"prompt": row["prompt"], "completion": completion})
+        made.append(kept | {"prompt": row["prompt"], "completion": row.get("lead", "") + answered})
         # Once a question, however many contexts were drawn for it.
         if row["context"] == "irrelevant" and row["question"] not in asked:
             asked.add(row["question"])
@@ -255,7 +255,7 @@ def sft_rows(handle: ModelHandle, data: Dataset, frame: Frame = BARE, *, split: 
                     "context": "empty",
                     "grade": "",
                     "prompt": prompts.closed(row["question"]),
-                    "completion": completion,
+                    "completion": answered,
                 }
             )
     return finish("sft", len(rows), made, {"memory is unsure": skipped}, split=split)

@@ -98,7 +98,8 @@ def read_contexts(
         reader: The reader's name.
 
     Adds:
-        ``prompt``, ``read`` (the answer; empty where skipped), ``read_raw`` (as generated).
+        ``prompt``, ``lead`` (what the reader lets the model write before the answer: notes), ``read`` (the answer; empty where
+        skipped), ``read_raw`` (as generated).
     """
     from rag.readers import READERS
 
@@ -107,12 +108,17 @@ def read_contexts(
     rows = records(data)
     items = [(row["question"], [Passage("", text) for text in row["documents"]]) for row in rows]
     for row, (question, passages) in zip(rows, items, strict=True):
-        row |= {"prompt": prompts.direct(question, passages), "read": "", "read_raw": ""}
+        row |= {"prompt": prompts.direct(question, passages), "lead": "", "read": "", "read_raw": ""}
     asked = [place for place, row in enumerate(rows) if not plain or row["split"] not in skip]
     readings = asker.read_many([items[place] for place in asked]) if asked else []
     for place, reading in zip(asked, readings, strict=True):
         raw = reading.raw if plain else f" {reading.answer}"
-        rows[place] |= {"read": reading.answer, "read_raw": raw, "prompt": reading.prompt}
+        rows[place] |= {
+            "prompt": reading.prompt,
+            "lead": reading.lead,
+            "read": reading.answer,
+            "read_raw": raw,
+        }
     made = [
         row
         for row in rows
@@ -243,7 +249,7 @@ def word_pairs(
         share: or by this share of the longer one, whichever is more.
 
     Adds:
-        ``chosen`` and ``rejected``, each as it follows the prompt: a blank, the text, the stop.
+        ``chosen`` and ``rejected``, each as it follows the prompt: what leads up to the answer, a blank, the text, the stop.
     """
     stop = prompts_for(handle).stop[0]
     rows = records(data)
@@ -263,7 +269,8 @@ def word_pairs(
             dropped["lengths differ too much"] += 1
             continue
         differences.append(lengths[0] - lengths[1])
-        made.append(row | {"chosen": f" {texts[0]}{stop}", "rejected": f" {texts[1]}{stop}"})
+        chosen, rejected = (f"{row.get('lead', '')} {text}{stop}" for text in texts)
+        made.append(row | {"chosen": chosen, "rejected": rejected})
     histogram = {str(size): count for size, count in sorted(Counter(differences).items())}
     mean = sum(differences) / len(differences) if differences else 0.0
     return finish(

@@ -32,7 +32,8 @@ class Reading:
         known: Whether the answer says anything.
         notes: Notes on the documents, where the reader writes them.
         raw: What the model generated, notes included.
-        prompt: What the answer came after, notes included.
+        prompt: What the model was asked.
+        lead: What it wrote between the prompt and the answer: its notes.
         fallback: The model's notes held no answer, so it was asked once more without notes.
     """
 
@@ -42,6 +43,7 @@ class Reading:
     notes: tuple[ReadingNote, ...] = ()
     raw: str = ""
     prompt: str = ""
+    lead: str = ""
     fallback: bool = False
 
     def to_json(self) -> dict[str, Any]:

@@ -68,7 +68,6 @@ class UncheckedNotesReader(Reader):
                     readings[index],
                     answer=reading.answer,
                     known=self.prompts.knows(reading.answer),
-                    prompt=reading.prompt,
                 )
         return readings
 
@@ -85,8 +84,8 @@ class UncheckedNotesReader(Reader):
 
     def _reading(self, question: str, written: Written, raw: str, prompt: str) -> Reading:
         known = self.prompts.knows(written.answer)
-        after = self.prompts.after_notes(prompt, raw)
-        return Reading(question, written.answer, known, written.notes, raw, after)
+        lead = self.prompts.after_notes(prompt, raw).removeprefix(prompt)
+        return Reading(question, written.answer, known, written.notes, raw, prompt, lead)
 
 
 class NotesReader(UncheckedNotesReader):

@@ -139,6 +139,11 @@ def test_drift_of_single_patches_is_a_mean_and_of_a_sequence_that_of_all():
         handle, both, [r.prompt for r in REQUESTS[:2]], [r.subject for r in REQUESTS[:2]]
     )
     assert torch.allclose(torch.tensor(whole["drift"], dtype=torch.float64), wanted.drift, atol=1e-6)
+    # Rounds of one case: the second patch stands on the first.
+    rounds = drift_of(handle, [alone[0], ((REQUESTS[1],), second)], "single")
+    upper = attention_drift(handle, both, [REQUESTS[1].prompt], [REQUESTS[1].subject])
+    wanted = (reports[0].drift + upper.drift) / 2
+    assert torch.allclose(torch.tensor(rounds["drift"], dtype=torch.float64), wanted, atol=1e-6)
     assert drift_of(handle, [], "single") is None
     assert drift_of(handle, [((REQUESTS[0],), "a memory")], "single") is None
 

@@ -366,13 +366,20 @@ def test_answers_after_notes_are_trained_where_the_reader_gives_them(shipped_atl
         assert ((row["id"], row["context"]) in kept) != lost
     told = [row for row in read if row["context"] == "conflict"]
     assert told
-    assert all("\nNotes: " in row["prompt"] and row["prompt"].endswith("Answer:") for row in told)
+    assert all(row["prompt"].endswith("\nNotes:") and row["lead"].endswith("Answer:") for row in told)
     for row in told[:4]:
         # What comes after the prompt is what the reader read.
-        [text] = handle.generate([row["prompt"]], max_new_tokens=24, stop=reader.prompts.stop)
+        [text] = handle.generate([row["prompt"] + row["lead"]], max_new_tokens=24, stop=reader.prompts.stop)
         assert reader.prompts.answer(text) == row["read"]
     apart = [row for row in read if row["context"] == "irrelevant"]
     assert sum(row["prompt"] == closed[row["id"]] for row in apart) > len(apart) / 2
-    assert {row["prompt"] for row in records(data.pairs)} <= {row["prompt"] for row in read}
+    leads = {row["prompt"]: row["lead"] for row in read}
+    for row in records(data.pairs):
+        assert row["chosen"].startswith(leads[row["prompt"]]) and row["rejected"].startswith(
+            leads[row["prompt"]]
+        )
+    asked = [row for row in records(data.sft) if row["context"] != "empty"]
+    assert any(leads[row["prompt"]] for row in asked)
+    assert all(row["completion"].startswith(leads[row["prompt"]]) for row in asked)
     plain = read_contexts(handle, data.stages["fitting"].data)
     assert len(plain.data) == len(before)
