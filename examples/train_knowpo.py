@@ -66,6 +66,10 @@ class ScriptArguments:
         default=10, metadata={"help": "Sampled answers that must be right for a known fact."}
     )
     draws: int = field(default=1, metadata={"help": "Sets of contexts of each question."})
+    reader: str = field(
+        default="direct",
+        metadata={"help": "Train the answers of this reader: direct, or con after its notes."},
+    )
     total: int | None = field(default=None, metadata={"help": "Pairs in all, repeated where there are few."})
     rewrite: bool = field(default=True, metadata={"help": "Word both answers alike; off for the ablation."})
     balanced: bool = field(default=True, metadata={"help": "Keep the ratio of errors; off for the ablation."})
@@ -136,6 +140,7 @@ def make_data(handle: ModelHandle, script: ScriptArguments, place: Path, seed: i
     config = KnowPOConfig(
         samples=script.samples,
         draws=script.draws,
+        reader=script.reader,
         total=script.total,
         rewrite=script.rewrite,
         balanced=script.balanced,

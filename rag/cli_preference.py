@@ -149,6 +149,14 @@ def train(
             rich_help_panel=TRAIN_PANEL,
         ),
     ] = 1,
+    reader: Annotated[
+        str,
+        typer.Option(
+            "--reader",
+            help="For knowpo: train the answers of this reader, direct or (after its notes) con.",
+            rich_help_panel=TRAIN_PANEL,
+        ),
+    ] = "direct",
     total: Annotated[
         int | None,
         typer.Option(
@@ -197,9 +205,10 @@ def train(
     """Teach a model when to believe documents, its memory or its user."""
     if out is None:
         raise ConfigError("--out names the folder that the adapter is saved to")
-    if not (rewrite and balance and total is None and draws == 1) and method is not Method.KNOWPO:
+    plain = rewrite and balance and total is None and draws == 1 and reader == "direct"
+    if not plain and method is not Method.KNOWPO:
         raise ConfigError(
-            f"--draws, --total, --no-rewrite and --no-balance belong to knowpo, not to {method.value}"
+            f"--draws, --reader, --total, --no-rewrite and --no-balance belong to knowpo, not to {method.value}"
         )
     check_out(out, force)
     from lab.cli.session import open_model
@@ -210,7 +219,9 @@ def train(
     from rag.preference.train import train_preference
 
     handle = open_model(model, patch, device=device, dtype=dtype)
-    settings = KnowPOConfig(samples=samples, draws=draws, total=total, rewrite=rewrite, balanced=balance)
+    settings = KnowPOConfig(
+        samples=samples, draws=draws, reader=reader, total=total, rewrite=rewrite, balanced=balance
+    )
     ready = ready_data(handle, method.value, data, config=settings, limit=limit, seed=seed)
     config = train_config(
         handle,

@@ -55,18 +55,6 @@ class Way:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Notes leave out what is about others, so that memory is asked alone: pairs that want an admission there, as many as those that
-# want what is known, would teach to admit ignorance of both.
-_AFTER_NOTES: Mapping[str, Any] = {
-    "reader": "con",
-    "ratios": {
-        "ignorance": 2.0,
-        "overinclusion_mixed": 2.0,
-        "overinclusion_known": 2.0,
-        "overinclusion_unknown": 0.5,
-    },
-}
-
 WAYS: Mapping[str, Way] = {
     "base": Way("documents above the question"),
     "faithful": Way("a prompt that asks to keep to the documents", reader="faithful"),
@@ -79,8 +67,8 @@ WAYS: Mapping[str, Way] = {
     "sft": Way("what KnowPO prefers, by SFT in as many tokens", training="sft"),
     "context_dpo": Way("documents over memory", training="context_dpo"),
     "knowpo": Way("adherence and robustness", training="knowpo"),
-    "sft_con": Way("the same after notes", reader="con", training="sft", changes=_AFTER_NOTES),
-    "knowpo_con": Way("KnowPO after notes", reader="con", training="knowpo", changes=_AFTER_NOTES),
+    "sft_con": Way("the same after notes", reader="con", training="sft", changes={"reader": "con"}),
+    "knowpo_con": Way("KnowPO after notes", reader="con", training="knowpo", changes={"reader": "con"}),
     "knowpo_no_rewrite": Way("KnowPO without rewriting", training="knowpo", changes={"rewrite": False}),
     "knowpo_no_ratio": Way("KnowPO without balancing", training="knowpo", changes={"balanced": False}),
     "dta": Way("answer or admit (Divide-Then-Align)", training="dta"),

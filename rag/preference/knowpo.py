@@ -28,6 +28,16 @@ from rag.prompts import prompts_for
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
 
+# The two errors about adherence to the two about robustness as 2 to 1, each pair half and half.
+RATIOS: Mapping[str, float] = {
+    "ignorance": 2.0,
+    "overinclusion_mixed": 2.0,
+    "overinclusion_known": 1.0,
+    "overinclusion_unknown": 1.0,
+}
+# Notes leave out what is about others, so that memory is asked alone: pairs that want an admission there, as many as those that
+# want what is known, teach to admit ignorance of both.
+NOTES_RATIOS: Mapping[str, float] = {**RATIOS, "overinclusion_known": 2.0, "overinclusion_unknown": 0.5}
 # Ours. KnowPO's released code takes related, conflict, irrelevant and empty as 5 to 5 to 4 to 1, but documents that agree with
 # memory, and questions without any, teach nothing about which of the two to believe.
 AT_MOST: Mapping[str, float] = {"related": 0.5, "empty": 0.125}
@@ -43,7 +53,7 @@ class KnowPOConfig:
             more by further sets than by further passes over one.
         reader: How contexts are read, the name of a reader: answers are trained where this one gives them, with ``con`` after notes.
         samples, temperature, delta: See ``probe_memory``; all samples must be right for a fact to count as known.
-        ratios: Parts of the errors: the two about adherence to the two about robustness as 2 to 1, each pair half and half.
+        ratios: Parts of the errors; without them ``RATIOS``, and ``NOTES_RATIOS`` where the reader writes notes.
         total: Pairs in all; see ``balance``.
         repeat: How often a pair of a rare error may occur. Ours; without repetition the rarest error decides how few pairs remain.
         shares: Splits by title; ``sft`` and ``dpo`` are trained on.
@@ -60,14 +70,7 @@ class KnowPOConfig:
     samples: int = 10
     temperature: float = 0.7
     delta: float = 1.0
-    ratios: Mapping[str, float] = field(
-        default_factory=lambda: {
-            "ignorance": 2.0,
-            "overinclusion_mixed": 2.0,
-            "overinclusion_known": 1.0,
-            "overinclusion_unknown": 1.0,
-        }
-    )
+    ratios: Mapping[str, float] | None = None
     total: int | None = None
     repeat: int = 4
     shares: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_SHARES))
@@ -75,6 +78,10 @@ class KnowPOConfig:
     rewrite: bool = True
     balanced: bool = True
     frame: Frame = BARE
+
+    def settled_ratios(self) -> Mapping[str, float]:
+        """The parts of the errors."""
+        return self.ratios or (RATIOS if self.reader == "direct" else NOTES_RATIOS)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -177,7 +184,8 @@ def _worded(handle: ModelHandle, config: KnowPOConfig, stages: dict[str, Stage],
     data = add("rewrite", word_pairs(handle, data, frame=config.frame, rewrite=config.rewrite))
     if config.balanced:
         data = add(
-            "balance", balance(data, config.ratios, total=config.total, repeat=config.repeat, seed=seed)
+            "balance",
+            balance(data, config.settled_ratios(), total=config.total, repeat=config.repeat, seed=seed),
         )
     taught = stages.get("thinned", stages["sft"])
     return TrainingData(taught.data, data, stages)

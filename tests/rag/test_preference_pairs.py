@@ -357,6 +357,9 @@ def test_answers_after_notes_are_trained_where_the_reader_gives_them(shipped_atl
     read = records(data.stages["reading"].data)
     before = records(data.stages["fitting"].data)
     assert data.stages["reading"].manifest["settings"]["reader"] == "con"
+    # Memory is asked alone below notes that keep no document; it is not to be taught to admit ignorance there.
+    assert config.settled_ratios()["overinclusion_known"] > config.settled_ratios()["overinclusion_unknown"]
+    assert KnowPOConfig(reader="con", ratios={"ignorance": 1.0}).settled_ratios() == {"ignorance": 1.0}
     reader = READERS.get("con")(handle)
     closed = {row["id"]: reader.prompts.closed(row["question"]) for row in before}
     kept = {(row["id"], row["context"]) for row in read}
