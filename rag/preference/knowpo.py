@@ -49,8 +49,8 @@ class KnowPOConfig:
 
     Attributes:
         documents, hard, most_hard: See ``contexts``.
-        draws: Sets of contexts of each question, each with a counterfactual, distractors and an order of its own. Training teaches
-            more by further sets than by further passes over one.
+        draws: Sets of contexts of each question, each with a counterfactual, distractors and an order of its own, in place of
+            further passes over the same sets.
         reader: How contexts are read, the name of a reader: answers are trained where this one gives them, with ``con`` after notes.
         samples, temperature, delta: See ``probe_memory``; all samples must be right for a fact to count as known.
         ratios: Parts of the errors; without them ``RATIOS``, and ``NOTES_RATIOS`` where the reader writes notes.
