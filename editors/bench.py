@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -321,7 +322,7 @@ def drift_of(
     if not pairs:
         return None
     if protocol == "sequential":
-        whole = replace(reduce(lambda first, second: first + second, [p for _, p in pairs]), parents=())
+        whole = replace(reduce(add, [p for _, p in pairs]), parents=())
         pairs = [(tuple(request for requests, _ in pairs for request in requests), whole)]
     else:
         # Rounds of one case stand on each other.
@@ -340,7 +341,7 @@ def _with_parents(patch: WeightPatch, made: Mapping[str, WeightPatch]) -> Weight
     if not below:
         return patch
     others = tuple(id for id in patch.parents if id not in made)
-    return replace(reduce(lambda first, second: first + second, [*below, patch]), parents=others)
+    return replace(reduce(add, [*below, patch]), parents=others)
 
 
 def _row(

@@ -209,8 +209,8 @@ def known_cases(folder: str | os.PathLike[str], file: str | os.PathLike[str]) ->
     if digest not in [one["sha256"] for one in report["files"]]:
         return None
     prefix = f"{path.stem}:" if len(report["files"]) > 1 else ""
-    found = [case["id"] for case in report["cases"] if case["known"]]
-    return frozenset(id.removeprefix(prefix) for id in found if id.startswith(prefix))
+    known = (case["id"] for case in report["cases"] if case["known"])
+    return frozenset(id.removeprefix(prefix) for id in known if id.startswith(prefix))
 
 
 def _quiet(line: str) -> None:

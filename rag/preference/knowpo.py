@@ -81,7 +81,9 @@ class KnowPOConfig:
 
     def settled_ratios(self) -> Mapping[str, float]:
         """The parts of the errors."""
-        return self.ratios or (RATIOS if self.reader == "direct" else NOTES_RATIOS)
+        from rag.readers import READERS
+
+        return self.ratios or (NOTES_RATIOS if READERS.get(self.reader).takes_notes else RATIOS)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -125,7 +127,7 @@ def knowpo_data(
     seed: int = 0,
     begun: Mapping[str, Stage] | None = None,
 ) -> TrainingData:
-    """All stages: edits, split, memory, counterfactuals, contexts, reading, pairs, rewriting, balance; and the SFT rows.
+    """All stages: edits, split, memory, draws, counterfactuals, contexts, reading, pairs, rewriting, balance; and the SFT rows, thinned.
 
     Args:
         handle: The model to be trained, with its edits: its memory and its mistakes are asked for.

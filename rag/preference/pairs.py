@@ -94,7 +94,8 @@ def read_contexts(
     Args:
         handle: The model.
         data: Contexts.
-        skip: Splits whose contexts are not answered, as nothing is rejected there. Of readers that write before they answer all are.
+        skip: Splits whose contexts are not answered, as nothing is rejected there. Of other readers than the direct one all are, as
+            only its prompts are known without asking.
         reader: The reader's name.
 
     Adds:
@@ -104,15 +105,15 @@ def read_contexts(
     from rag.readers import READERS
 
     asker = READERS.get(reader)(handle)
-    plain, prompts = reader == "direct", asker.prompts
+    prompts = asker.prompts
     rows = records(data)
     items = [(row["question"], [Passage("", text) for text in row["documents"]]) for row in rows]
     for row, (question, passages) in zip(rows, items, strict=True):
         row |= {"prompt": prompts.direct(question, passages), "lead": "", "read": "", "read_raw": ""}
-    asked = [place for place, row in enumerate(rows) if not plain or row["split"] not in skip]
+    asked = [place for place, row in enumerate(rows) if reader != "direct" or row["split"] not in skip]
     readings = asker.read_many([items[place] for place in asked]) if asked else []
     for place, reading in zip(asked, readings, strict=True):
-        raw = reading.raw if plain else f" {reading.answer}"
+        raw = f" {reading.answer}" if asker.takes_notes else reading.raw
         rows[place] |= {
             "prompt": reading.prompt,
             "lead": reading.lead,

@@ -70,6 +70,7 @@ class Reader(ABC):
         title: What it does, in a few words.
         paper: Where it comes from.
         cost: What it costs beside one answer.
+        takes_notes: Whether it lets the model write notes before the answer.
         drafts: What the unchanged model wrote after a prompt before its answer, by prompt. Readers that share it, over one state of
             one model, write it once; without it every reader writes anew.
     """
@@ -77,6 +78,7 @@ class Reader(ABC):
     title: ClassVar[str]
     paper: ClassVar[str]
     cost: ClassVar[str]
+    takes_notes: ClassVar[bool] = False
     drafts: MutableMapping[str, str] | None = None
 
     def __init__(self, handle: ModelHandle, rule: Rule | None = None, *, max_new_tokens: int = 24) -> None:

@@ -28,6 +28,7 @@ class UncheckedNotesReader(Reader):
     title: ClassVar[str] = "a note on every document before the answer, taken as it is written"
     paper: ClassVar[str] = "arXiv:2311.09210"
     cost: ClassVar[str] = "a note a document, then one answer"
+    takes_notes: ClassVar[bool] = True
 
     def _read(self, items: Sequence[Item]) -> list[Reading]:
         # Without documents there is nothing to note.
@@ -65,9 +66,7 @@ class UncheckedNotesReader(Reader):
                 answered, self._answers(after, [items[index] for index in answered]), strict=True
             ):
                 readings[index] = replace(
-                    readings[index],
-                    answer=reading.answer,
-                    known=self.prompts.knows(reading.answer),
+                    readings[index], answer=reading.answer, known=self.prompts.knows(reading.answer)
                 )
         return readings
 

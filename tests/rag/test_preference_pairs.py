@@ -359,6 +359,7 @@ def test_answers_after_notes_are_trained_where_the_reader_gives_them(shipped_atl
     assert data.stages["reading"].manifest["settings"]["reader"] == "con"
     # Memory is asked alone below notes that keep no document; it is not to be taught to admit ignorance there.
     assert config.settled_ratios()["overinclusion_known"] > config.settled_ratios()["overinclusion_unknown"]
+    assert KnowPOConfig(reader="faithful").settled_ratios() == KnowPOConfig().settled_ratios()
     assert KnowPOConfig(reader="con", ratios={"ignorance": 1.0}).settled_ratios() == {"ignorance": 1.0}
     reader = READERS.get("con")(handle)
     closed = {row["id"]: reader.prompts.closed(row["question"]) for row in before}
