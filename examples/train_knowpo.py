@@ -37,7 +37,7 @@ from lab.peft_export import import_peft
 from rag.decoding.contrast import position_limit
 from rag.preference.bundle import save_bundle
 from rag.preference.check import read_training_rows
-from rag.preference.knowpo import KnowPOConfig
+from rag.preference.knowpo import KnowPOConfig, TrainingData
 from rag.preference.prepare import METHODS, ready_data
 from rag.preference.stage import records, to_dataset, write_jsonl
 from rag.preference.train import check_kept, reference_guard
@@ -108,15 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     out = Path(str(args.output_dir))
     # Edits go into the weights before any trainer sees the model; a reference loaded from disk would lack them.
     handle = open_model(script.model, [Path(place) for place in script.patch])
+    ready: TrainingData | None = None
     with args.main_process_first(local=False, desc="data"):
         if args.process_index == 0:
-            make_data(handle, script, out / "data", args.seed)
+            ready = make_data(handle, script, out / "data", args.seed)
     limit = min(filter(None, (args.max_length, position_limit(handle))))
-    steps = {}
-    for name in ("sft", "pairs"):
-        file = out / "data" / f"{name}.jsonl"
-        if file.is_file():
-            _, steps[name] = read_training_rows(file, handle.tokenizer, max_length=limit)
+    steps = written(handle, out / "data", limit)
     set_seed(args.seed)
     lora = LoraConfig(
         r=script.rank, lora_alpha=2 * script.rank, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -124,9 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     curves = {}
     if "sft" in steps:
         curves["sft"] = supervised(handle, steps["sft"], lora, script, args, limit)
-    if "pairs" in steps:
-        # Sharded weights are not taken apart: the second step begins from a fresh copy and the saved adapter.
+        # Sharded weights are not taken apart: what follows begins from a fresh copy and the saved adapter.
         handle = open_model(script.model, [Path(place) for place in script.patch])
+        with args.main_process_first(local=False, desc="pairs"):
+            if ready is not None and ready.then is not None:
+                with import_peft(out / "sft", handle).applied(handle):
+                    write_data(ready.then(handle), out / "data")
+        steps = written(handle, out / "data", limit)
+    if "pairs" in steps:
         curves["pairs"] = preferences(
             handle, steps["pairs"], lora, script, args, limit, trained="sft" in steps
         )
@@ -135,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return curves
 
 
-def make_data(handle: ModelHandle, script: ScriptArguments, place: Path, seed: int) -> None:
-    """Writes ``sft.jsonl`` and ``pairs.jsonl``, as far as the method has them, and the manifest of every stage."""
+def make_data(handle: ModelHandle, script: ScriptArguments, place: Path, seed: int) -> TrainingData:
+    """What the method trains on; pairs of a model's mistakes after the first step are still to come."""
     config = KnowPOConfig(
         samples=script.samples,
         draws=script.draws,
@@ -146,11 +148,27 @@ def make_data(handle: ModelHandle, script: ScriptArguments, place: Path, seed: i
         balanced=script.balanced,
     )
     ready = ready_data(handle, script.method, script.data, config=config, limit=script.limit, seed=seed)
+    write_data(ready, place)
+    return ready
+
+
+def write_data(ready: TrainingData, place: Path) -> None:
+    """Writes ``sft.jsonl`` and ``pairs.jsonl``, as far as there are any, and the manifest of every stage."""
     ready.save(place / "stages")
     for name, rows in (("sft", ready.sft), ("pairs", ready.pairs)):
         (place / f"{name}.jsonl").unlink(missing_ok=True)
         if rows is not None:
             write_jsonl(place / f"{name}.jsonl", records(rows))
+
+
+def written(handle: ModelHandle, place: Path, length: int) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each step, as far as they are written."""
+    files = {name: place / f"{name}.jsonl" for name in ("sft", "pairs")}
+    return {
+        name: read_training_rows(file, handle.tokenizer, max_length=length)[1]
+        for name, file in files.items()
+        if file.is_file()
+    }
 
 
 def supervised(

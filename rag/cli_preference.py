@@ -240,6 +240,7 @@ def train(
         trained = train_preference(
             handle, ready, config, method=method.value, work=work, seed=seed, progress=advance
         )
+    ready = trained.data
 
     def more(folder: Path) -> None:
         ready.save(folder / "data")

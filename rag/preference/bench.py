@@ -16,7 +16,7 @@ from lab.eval.stats import Estimate, summarise
 from lab.records import Passage
 from rag.preference.control import equal_token_sft
 from rag.preference.edited import edit_metrics, edit_rows
-from rag.preference.knowpo import KnowPOConfig
+from rag.preference.knowpo import KnowPOConfig, TrainingData, knowpo_pairs
 from rag.preference.prepare import DIFFICULTIES, prepare, question_items, training_data
 from rag.preference.presets import train_config
 from rag.preference.stage import Dataset, Record, Stage, records
@@ -193,9 +193,8 @@ class PreferenceWorkshop:
     ) -> None:
         self.handle, self.bench, self.training, self.progress = handle, bench, training, progress
         self._contexts: dict[int, Dataset] = {}
-        # By seed and by the reader that is trained.
-        self._begun: dict[tuple[int, str], Mapping[str, Stage]] = {}
-        self._first: dict[tuple[int, str], Trained] = {}
+        # What KnowPO, its ablations and its control share, by seed and by the reader that is trained: data with pairs, first step.
+        self._begun: dict[tuple[int, str], tuple[TrainingData, Trained]] = {}
 
     def run(self, way: str, seed: int) -> Record:
         """One cell: rows, metrics, seconds, and what was trained."""
@@ -254,45 +253,17 @@ class PreferenceWorkshop:
         if not method:
             return {}
         start = time.perf_counter()
-        hard = DIFFICULTIES[self.bench.difficulty]
         training = train_config(self.handle, method, **self.training)
-        items = question_items(
-            self.bench.train_data,
-            split="dev" if self.bench.split == "test" else "tune",
-            limit=self.bench.train_limit,
-            seed=seed,
-            wording=hard.train_wording,
-        )
-        config = KnowPOConfig(
-            **hard.contexts(),
-            draws=self.bench.draws,
-            samples=self.bench.samples,
-            shares=_BOTH,
-            **WAYS[way].changes,
-        )
-        shared = (seed, config.reader)
-        data = training_data(
-            self.handle,
-            "knowpo" if method == "sft" else method,
-            items,
-            config=config,
-            seed=seed,
-            begun=self._begun.get(shared),
-        )
-        if method in ("sft", "knowpo"):
-            # The control and the ablations go on from the same pairs.
-            self._begun[shared] = data.stages
         first = None
-        if method == "sft":
-            data, training = equal_token_sft(self.handle, data, training)
-        elif method == "knowpo":
-            # The ablations differ in the second step only.
-            if shared not in self._first:
-                rows = replace(data, pairs=None)
-                self._first[shared] = train_preference(
-                    self.handle, rows, training, method=method, seed=seed, progress=self.progress
-                )
-            first = self._first[shared]
+        if method in ("sft", "knowpo"):
+            data, first = self._two_steps(way, seed)
+            if method == "sft":
+                data, training = equal_token_sft(self.handle, data, training)
+                first = None
+        else:
+            data = training_data(
+                self.handle, method, self._items(seed), config=self._data_config(way), seed=seed
+            )
         trained = train_preference(
             self.handle, data, training, method=way, seed=seed, progress=self.progress, first=first
         )
@@ -303,6 +274,45 @@ class PreferenceWorkshop:
             "curves": trained.curves,
             "seconds": time.perf_counter() - start,
         }
+
+    def _two_steps(self, way: str, seed: int) -> tuple[TrainingData, Trained]:
+        """KnowPO's data as a way wants it, with the pairs that come after the first step, and that step.
+
+        The ablations differ in the second step only, and the control sees what both steps see, so they all go on from one first
+        step and from the same pairs.
+        """
+        from rag.preference.train import train_preference
+
+        config = self._data_config(way)
+        shared = (seed, config.reader)
+        if shared not in self._begun:
+            training = train_config(self.handle, "knowpo", **self.training)
+            data = training_data(self.handle, "knowpo", self._items(seed), config=config, seed=seed)
+            rows = replace(data, pairs=None, then=None)
+            first = train_preference(
+                self.handle, rows, training, method="knowpo", seed=seed, progress=self.progress
+            )
+            if data.then is not None:
+                with first.patch.applied(self.handle):
+                    data = data.then(self.handle)
+            self._begun[shared] = data, first
+        data, first = self._begun[shared]
+        return knowpo_pairs(self.handle, data, config, seed=seed), first
+
+    def _data_config(self, way: str) -> KnowPOConfig:
+        hard, bench = DIFFICULTIES[self.bench.difficulty], self.bench
+        settings = {"draws": bench.draws, "samples": bench.samples, "shares": _BOTH}
+        return KnowPOConfig(**hard.contexts(), **settings, **WAYS[way].changes)
+
+    def _items(self, seed: int) -> Stage:
+        """What adapters are trained on."""
+        return question_items(
+            self.bench.train_data,
+            split="dev" if self.bench.split == "test" else "tune",
+            limit=self.bench.train_limit,
+            seed=seed,
+            wording=DIFFICULTIES[self.bench.difficulty].train_wording,
+        )
 
     def _further(self, reader: Reader, contexts: Dataset, seed: int) -> dict[str, list[Record]]:
         made: dict[str, list[Record]] = {}

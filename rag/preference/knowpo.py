@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,8 @@ class KnowPOConfig:
         repeat: How often a pair of a rare error may occur. Ours; without repetition the rarest error decides how few pairs remain.
         shares: Splits by title; ``sft`` and ``dpo`` are trained on.
         at_most: Kind of context to its most rows in the SFT step, see ``thinned``; empty for all that there are.
+        after_first: Whether the mistakes to be unlearned are those of the model as the first step leaves it, which is the one that the
+            second step trains; off, those of the model before.
         rewrite, balanced: Off for the ablations.
         frame: How answers are worded.
     """
@@ -75,6 +77,7 @@ class KnowPOConfig:
     repeat: int = 4
     shares: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_SHARES))
     at_most: Mapping[str, float] = field(default_factory=lambda: dict(AT_MOST))
+    after_first: bool = True
     rewrite: bool = True
     balanced: bool = True
     frame: Frame = BARE
@@ -98,11 +101,13 @@ class TrainingData:
         sft: Rows ``prompt, completion``; ``None`` for a recipe without this step.
         pairs: Rows ``prompt, chosen, rejected``; ``None`` likewise.
         stages: Every stage by its name, in order.
+        then: Completes the data with pairs that the model as the first step leaves it is asked for; ``None`` where they are there.
     """
 
     sft: Dataset | None
     pairs: Dataset | None
     stages: Mapping[str, Stage]
+    then: Callable[[ModelHandle], TrainingData] | None = None
 
     def save(self, folder: str | Path) -> None:
         """Writes rows and manifest of every stage."""
@@ -115,33 +120,24 @@ def applied_requests(handle: ModelHandle) -> list[Mapping[str, Any]]:
     return [request for entry in handle.applied for request in entry.patch.provenance.requests]
 
 
-# What comes after these differs between KnowPO and its ablations.
-_BEFORE_WORDING = "pairs"
-
-
 def knowpo_data(
     handle: ModelHandle,
     items: Stage,
     config: KnowPOConfig | None = None,
     *,
     seed: int = 0,
-    begun: Mapping[str, Stage] | None = None,
 ) -> TrainingData:
-    """All stages: edits, split, memory, draws, counterfactuals, contexts, reading, pairs, rewriting, balance; and the SFT rows, thinned.
+    """All stages: edits, split, memory, draws, counterfactuals, contexts; SFT rows, thinned; reading, pairs, rewriting, balance.
+
+    With ``config.after_first`` those from the reading on are left to ``then``, which the model is handed to after the first step.
 
     Args:
         handle: The model to be trained, with its edits: its memory and its mistakes are asked for.
         items: Items of any source.
         config: Settings.
         seed: Of every draw.
-        begun: Stages of an earlier call on the same model and items with the same seed, whose settings differ in ``rewrite``,
-            ``balanced``, ``ratios``, ``total`` and ``repeat`` at most: those up to the pairs are taken from there.
     """
     config = config or KnowPOConfig()
-    if begun is not None:
-        names = list(begun)
-        stages = {name: begun[name] for name in names[: names.index(_BEFORE_WORDING) + 1]}
-        return _worded(handle, config, stages, seed)
     stages = {"items": items}
 
     def add(name: str, stage: Stage) -> Dataset:
@@ -169,28 +165,54 @@ def knowpo_data(
         contexts(data, documents=config.documents, hard=config.hard, most_hard=config.most_hard, seed=seed),
     )
     data = add("fitting", fitting_contexts(handle, data))
-    data = add("reading", read_contexts(handle, data, skip=("sft",), reader=config.reader))
-    taught = add("sft", sft_rows(handle, data, config.frame))
+    # Nothing is rejected here; a reader with notes is asked for them all the same.
+    shown = add("shown", read_contexts(handle, _only(data, "sft"), skip=("sft",), reader=config.reader))
+    taught = add("sft", sft_rows(handle, shown, config.frame))
     if config.at_most:
-        add("thinned", thinned(taught, config.at_most, seed=seed))
-    add("pairs", pairs(handle, _only(data, "dpo"), seed=seed))
-    return _worded(handle, config, stages, seed)
+        taught = add("thinned", thinned(taught, config.at_most, seed=seed))
+    made = TrainingData(taught, None, stages)
+    if not config.after_first:
+        return knowpo_pairs(handle, made, config, seed=seed)
+    return replace(made, then=lambda trained: knowpo_pairs(trained, made, config, seed=seed))
 
 
-def _worded(handle: ModelHandle, config: KnowPOConfig, stages: dict[str, Stage], seed: int) -> TrainingData:
+# What comes after it differs between KnowPO and its ablations.
+_BEFORE_WORDING = "pairs"
+
+
+def knowpo_pairs(
+    handle: ModelHandle, data: TrainingData, config: KnowPOConfig, *, seed: int = 0
+) -> TrainingData:
+    """The data with pairs: the model's answers to the contexts, what is wrong about them, rewriting, balance.
+
+    Args:
+        handle: The model that makes the mistakes.
+        data: What ``knowpo_data`` made. Where it has been completed before, as for an ablation, the answers and the pairs are kept, and
+            worded and balanced anew.
+        config: Settings.
+        seed: Of every draw.
+    """
+    names = list(data.stages)
+    if done := _BEFORE_WORDING in names:
+        names = names[: names.index(_BEFORE_WORDING) + 1]
+    stages = {name: data.stages[name] for name in names}
+
     def add(name: str, stage: Stage) -> Dataset:
         stages[name] = stage
         return stage.data
 
-    data = stages["pairs"].data
-    data = add("rewrite", word_pairs(handle, data, frame=config.frame, rewrite=config.rewrite))
+    if not done:
+        asked = _only(stages["fitting"].data, "dpo")
+        read = add("reading", read_contexts(handle, asked, reader=config.reader))
+        add(_BEFORE_WORDING, pairs(handle, read, seed=seed))
+    made = stages[_BEFORE_WORDING].data
+    made = add("rewrite", word_pairs(handle, made, frame=config.frame, rewrite=config.rewrite))
     if config.balanced:
-        data = add(
+        made = add(
             "balance",
-            balance(data, config.settled_ratios(), total=config.total, repeat=config.repeat, seed=seed),
+            balance(made, config.settled_ratios(), total=config.total, repeat=config.repeat, seed=seed),
         )
-    taught = stages.get("thinned", stages["sft"])
-    return TrainingData(taught.data, data, stages)
+    return TrainingData(data.sft, made, stages)
 
 
 def repeated(data: Dataset, draws: int) -> Stage:

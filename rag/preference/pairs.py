@@ -7,6 +7,7 @@ The rejected answers are the trained model's own, as far as it makes the mistake
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class Frame:
 
 
 BARE = Frame()
+_LONGEST_ANSWER = 12
 SENTENCES = Frame(
     "From the documents, the answer is: {}",
     "From my own memory, the answer is: {}",
@@ -133,9 +135,9 @@ def read_contexts(
 def pairs(handle: ModelHandle, data: Dataset, *, seed: int = 0) -> Stage:
     """One pair for every context: the right answer, and the mistake to be unlearned.
 
-    A context that holds an answer serves one error, drawn, or the other where the model's memory agrees with the documents
-    or the documents hold no second answer of the type. An overinclusion is the model's own answer where it is one of the
-    documents' words and wrong, else another answer of the type that stands in them.
+    A mistake that the model makes itself is what its pair rejects, be it a word of the documents, its memory or an admission.
+    Where it makes none, a context that holds an answer serves one error, drawn, or the other where the model's memory agrees with
+    the documents or the documents hold no second answer of the type: memory is rejected, or that answer.
 
     Adds:
         ``error_type``, ``chosen_answer``, ``chosen_role``, ``rejected_answer``, ``rejected_role``, ``rejected_raw``,
@@ -161,6 +163,16 @@ def pairs(handle: ModelHandle, data: Dataset, *, seed: int = 0) -> Stage:
     return finish("pairs", len(rows), made, dropped, seed=seed)
 
 
+@dataclass(frozen=True)
+class _Rejected:
+    """An answer to be rejected: whose words it is, how it was found, and as it was generated."""
+
+    answer: str
+    role: str
+    source: str
+    raw: str
+
+
 class _PairMaker:
     def __init__(self, row: Record, prompts: Prompts, names: Sequence[str], seed: int) -> None:
         self.row, self.prompts, self.names = row, prompts, names
@@ -171,62 +183,69 @@ class _PairMaker:
         if row["context"] != "irrelevant":
             makers = [self._ignorance, self._mixed]
             self.rng.shuffle(makers)
-            return makers[0]() or makers[1]()
+            return self._made() or makers[0]() or makers[1]()
         if row["prior_known"]:
-            right = row["prior"]
-            over = self._over([right, *row["memory"]])
-            # A model that admits ignorance although it knows is wrong too, and the only mistake where it copies nothing.
-            if over is None and not self.prompts.knows(row["read"]):
-                over = (self.prompts.unknown, "unknown", row["read_raw"])
-            return self._pair("overinclusion_known", right, "memory", over, "context")
+            right = [row["prior"], *row["memory"]]
+            over = self._mistake(right) or self._span(right)
+            return self._pair("overinclusion_known", row["prior"], "memory", over)
         if row["prior_unknown"] < 0.5 and row["memory"]:
             # Memory is unsure: neither its answer nor an admission is plainly right.
             return None
-        over = self._over(row["answers"])
-        return self._pair("overinclusion_unknown", self.prompts.unknown, "unknown", over, "context")
+        over = self._mistake(row["answers"]) if self.prompts.knows(row["read"]) else None
+        return self._pair(
+            "overinclusion_unknown", self.prompts.unknown, "unknown", over or self._span(row["answers"])
+        )
+
+    def _made(self) -> Record | None:
+        """Against the mistake that the model makes itself on a context which holds an answer."""
+        answers = self.row["context_answers"]
+        made = self._mistake(answers)
+        error = "overinclusion_mixed" if made and made.role == "context" else "ignorance"
+        return self._pair(error, answers[0], "context", made)
 
     def _ignorance(self) -> Record | None:
-        answers = self.row["context_answers"]
-        prior = self.row["prior"]
+        answers, prior, raw = self.row["context_answers"], self.row["prior"], self.row["prior_raw"]
         if not self.prompts.knows(prior):
-            rejected = (self.prompts.unknown, "unknown", self.row["prior_raw"])
-            return self._pair("ignorance", answers[0], "context", rejected, "unknown")
-        if same_as_any(prior, answers):
+            rejected = _Rejected(self.prompts.unknown, "unknown", "unknown", raw)
+        elif same_as_any(prior, answers):
             return None
-        return self._pair(
-            "ignorance", answers[0], "context", (prior, "memory", self.row["prior_raw"]), "memory"
-        )
+        else:
+            rejected = _Rejected(prior, "memory", "memory", raw)
+        return self._pair("ignorance", answers[0], "context", rejected)
 
     def _mixed(self) -> Record | None:
         answers = self.row["context_answers"]
-        return self._pair("overinclusion_mixed", answers[0], "context", self._over(answers), "context")
+        return self._pair("overinclusion_mixed", answers[0], "context", self._span(answers))
 
-    def _over(self, right: Sequence[str]) -> tuple[str, str, str] | None:
-        """An answer that stands in the documents and is wrong: the answer, where it comes from, the raw text."""
-        told = "\n".join(self.row["documents"])
-        read = self.row["read"]
+    def _mistake(self, right: Sequence[str]) -> _Rejected | None:
+        """What the model answers, where it is wrong and as short as an answer."""
+        read, raw = self.row["read"], self.row["read_raw"]
         # A whole sentence copied from a document is no answer.
-        copied = self.prompts.knows(read) and len(read.split()) <= 12 and says(told, [read])
-        if copied and not same_as_any(read, right):
-            return read, "on_policy", self.row["read_raw"]
+        if not read or len(read.split()) > _LONGEST_ANSWER or same_as_any(read, right):
+            return None
+        if not self.prompts.knows(read):
+            return _Rejected(self.prompts.unknown, "unknown", "on_policy", raw)
+        copied = says("\n".join(self.row["documents"]), [read])
+        return _Rejected(read, "context" if copied else "memory", "on_policy", raw)
+
+    def _span(self, right: Sequence[str]) -> _Rejected | None:
+        """Another answer of the type that stands in the documents."""
+        told = "\n".join(self.row["documents"])
         found = {told[start:end] for start, end in find_spans(told, self.names)}
         spans = sorted(span for span in found if not same_as_any(span, right))
-        return (span := self.rng.choice(spans), "span", span) if spans else None
+        return _Rejected(span := self.rng.choice(spans), "context", "span", span) if spans else None
 
-    def _pair(
-        self, error: str, chosen: str, role: str, rejected: tuple[str, str, str] | None, rejected_role: str
-    ) -> Record | None:
+    def _pair(self, error: str, chosen: str, role: str, rejected: _Rejected | None) -> Record | None:
         if rejected is None:
             return None
-        answer, source, raw = rejected
         return {
             "error_type": error,
             "chosen_answer": chosen,
             "chosen_role": role,
-            "rejected_answer": answer,
-            "rejected_role": "unknown" if source == "unknown" else rejected_role,
-            "rejected_raw": raw,
-            "rejected_from": source,
+            "rejected_answer": rejected.answer,
+            "rejected_role": rejected.role,
+            "rejected_raw": rejected.raw,
+            "rejected_from": rejected.source,
         }
 
 
@@ -311,6 +330,12 @@ def water_fill(
     return kept
 
 
+def drawn_evenly(places: Sequence[int], number: int, rng: random.Random) -> list[int]:
+    """``number`` of ``places``, each as often as any other, but for one time."""
+    rounds, rest = divmod(number, len(places)) if places else (0, 0)
+    return [*places] * rounds + rng.sample(list(places), rest)
+
+
 def balance(
     data: Dataset,
     ratios: Mapping[str, float],
@@ -318,6 +343,7 @@ def balance(
     key: Sequence[str] = ("error_type",),
     total: int | None = None,
     repeat: int = 1,
+    first: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> Stage:
     """Brings kinds of rows to a ratio: common kinds are thinned out, rare ones repeated.
@@ -328,6 +354,7 @@ def balance(
         key: Columns that make the kind.
         total: How many rows in all, see ``water_fill``; without it, the ratio is met exactly, with at most as many rows as came.
         repeat: How often a row may occur.
+        first: Columns with their values: rows that have them come ``repeat`` times before another of their kind comes once.
         seed: Draws which rows stay or come again.
     """
     if repeat < 1:
@@ -344,9 +371,14 @@ def balance(
     made: list[Record] = []
     for kind, number in wanted.items():
         places = [place for place, other in enumerate(kinds) if other == kind]
-        rounds, rest = divmod(number, len(places)) if places else (0, 0)
-        drawn = draw_for(seed, "balance", kind).sample(places, rest)
-        made += [rows[place] | {"_place": place} for place in [*places * rounds, *drawn]]
+        rng = draw_for(seed, "balance", kind)
+        early = [
+            at for at in places if first and all(rows[at][name] == value for name, value in first.items())
+        ]
+        kept = drawn_evenly(early, min(number, len(early) * repeat), rng)
+        others = [at for at in places if at not in early] if early else places
+        kept += drawn_evenly(others, number - len(kept), rng)
+        made += [rows[place] | {"_place": place} for place in kept]
     made.sort(key=lambda row: row["_place"])
     made = [{name: value for name, value in row.items() if name != "_place"} for row in made]
     settings: dict[str, Any] = {"requested": dict(ratios), "achieved": wanted, "available": dict(counts)}

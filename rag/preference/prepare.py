@@ -134,9 +134,8 @@ def training_data(
     *,
     config: KnowPOConfig | None = None,
     seed: int = 0,
-    begun: Mapping[str, Stage] | None = None,
 ) -> TrainingData:
-    """The data of one method of ``METHODS``; ``begun`` belongs to ``knowpo_data``.
+    """The data of one method of ``METHODS``.
 
     Raises:
         ConfigError: There is no such method.
@@ -145,7 +144,7 @@ def training_data(
         raise ConfigError(f"unknown training {method!r}; use {', '.join(METHODS)}")
     config = config or KnowPOConfig()
     if method == "knowpo":
-        return knowpo_data(handle, items, config, seed=seed, begun=begun)
+        return knowpo_data(handle, items, config, seed=seed)
     stages = prepare(
         handle,
         items,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -98,10 +99,12 @@ class Trained:
     Attributes:
         patch: The adapter: both steps as one patch on the model with its edits.
         curves: Step (``sft``, ``dpo``) to what was logged at every update.
+        data: What it was trained on, with the pairs that were made after the first step.
     """
 
     patch: WeightPatch
     curves: Mapping[str, Curve]
+    data: TrainingData
 
 
 def train_preference(
@@ -139,38 +142,33 @@ def train_preference(
     except ImportError as error:
         raise MissingDependencyError(error.name or "trl", "preference training", "train") from None
     del peft, trl
-    steps = [("sft", data.sft), ("dpo", data.pairs)]
-    chosen = {name: _plain(rows, name) for name, rows in steps if rows is not None}
-    if not chosen:
+    if data.sft is None and data.pairs is None:
         raise ConfigError("there is nothing to train on: neither SFT rows nor pairs")
-    limit = min(filter(None, (config.max_length, position_limit(handle))))
-    lengths = {
-        name: check_rows(
-            rows, handle.tokenizer, SFT_FIELDS if name == "sft" else PAIR_FIELDS, max_length=limit
-        )
-        for name, rows in chosen.items()
-    }
     with TemporaryDirectory() as temporary:
-        place = Path(work or temporary)
-        _claim(place, handle, chosen, config, seed)
+        run = _Run(handle, config, Path(work or temporary), seed, work is not None, method, progress)
+        # Both are looked through before the first step, which may take hours.
+        plain = {name: run.checked(name, rows) for name, rows in _steps(data)}
         curves: dict[str, Curve] = {}
         patch: WeightPatch | None = None
         if first is not None:
             patch, curves = first.patch, dict(first.curves)
-        for name, rows in chosen.items():
-            if name in curves:
-                continue
-            run = _Step(handle, name, rows, lengths[name], config, place, seed, work is not None, progress)
-            if patch is None:
-                patch, curves[name] = run.train(method)
-            else:
-                with patch.applied(handle):
-                    second, curves[name] = run.train(method)
-                patch = patch + second
+        elif "sft" in plain:
+            patch, curves["sft"] = run.train("sft", *plain["sft"])
+        with nullcontext() if patch is None else patch.applied(handle):
+            if data.then is not None:
+                data = data.then(handle)
+                plain |= {name: run.checked(name, rows) for name, rows in _steps(data) if name == "dpo"}
+            if "dpo" in plain:
+                second, curves["dpo"] = run.train("dpo", *plain["dpo"])
+                patch = second if patch is None else patch + second
     assert patch is not None
-    notes = {"rows": {name: len(rows) for name, rows in chosen.items()}, "curves": curves}
+    notes = {"rows": {name: len(rows) for name, (rows, _) in plain.items()}, "curves": curves}
     provenance = Provenance(method, _settings(config), (), seed, library_versions(), notes)
-    return Trained(replace(patch, provenance=provenance), curves)
+    return Trained(replace(patch, provenance=provenance), curves, data)
+
+
+def _steps(data: TrainingData) -> list[tuple[str, Dataset]]:
+    return [(name, rows) for name, rows in (("sft", data.sft), ("dpo", data.pairs)) if rows is not None]
 
 
 def _plain(data: Dataset, name: str) -> list[Record]:
@@ -182,22 +180,47 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
 
 
-def _claim(
-    place: Path, handle: ModelHandle, rows: Mapping[str, list[Record]], config: TrainConfig, seed: int
-) -> None:
-    """Makes the work folder this run's own, or finds that it is."""
-    run = {
-        "state": handle.state,
-        "data": {name: digest(each) for name, each in rows.items()},
-        "config": _settings(config),
-        "seed": seed,
-    }
-    file = place / "run.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != run:
-        raise ConfigError(
-            f"the work folder {place} belongs to a run with another model, data or settings; choose another"
+@dataclass(frozen=True)
+class _Run:
+    """Both steps of one training and their work folder."""
+
+    handle: ModelHandle
+    config: TrainConfig
+    place: Path
+    seed: int
+    keep: bool
+    method: str
+    progress: Report | None
+
+    def checked(self, name: str, data: Dataset) -> tuple[list[Record], int]:
+        """The rows of a step and their longest length, and the work folder made this run's own."""
+        rows = _plain(data, name)
+        limit = min(filter(None, (self.config.max_length, position_limit(self.handle))))
+        fields = SFT_FIELDS if name == "sft" else PAIR_FIELDS
+        length = check_rows(rows, self.handle.tokenizer, fields, max_length=limit)
+        self._claim(name, rows)
+        return rows, length
+
+    def _claim(self, name: str, rows: list[Record]) -> None:
+        run = {
+            "state": self.handle.state,
+            "data": digest(rows),
+            "config": _settings(self.config),
+            "seed": self.seed,
+        }
+        file = self.place / f"{name}.json"
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != run:
+            raise ConfigError(
+                f"the work folder {self.place} belongs to a run with another model, data or settings; choose another"
+            )
+        write_text_atomically(file, json.dumps(run, indent=2))
+
+    def train(self, name: str, rows: list[Record], length: int) -> tuple[WeightPatch, Curve]:
+        """One step, over what is applied now."""
+        step = _Step(
+            self.handle, name, rows, length, self.config, self.place, self.seed, self.keep, self.progress
         )
-    write_text_atomically(file, json.dumps(run, indent=2))
+        return step.train(self.method)
 
 
 @dataclass(frozen=True)

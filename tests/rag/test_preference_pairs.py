@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -163,28 +164,54 @@ def test_pairs_reject_the_models_own_mistakes():
         return wrong[0] if wrong else row["prior"]
 
     stage = pairs(handle, read_as(prepared(), copied), seed=0)
-    found = Counter(row["error_type"] for row in records(stage.data))
     for row in records(stage.data):
         told = " ".join(row["documents"])
         assert not same(row["chosen_answer"], row["rejected_answer"])
+        assert (row["rejected_answer"], row["rejected_from"]) == (row["read"], "on_policy")
         if row["error_type"] == "ignorance":
-            assert row["rejected_answer"] == row["prior"]
-            assert says(told, [row["chosen_answer"]])
+            # Nothing else of the type stands in the documents.
+            assert not says(told, [row["read"]])
         elif row["error_type"] == "overinclusion_mixed":
             assert row["chosen_answer"] in row["context_answers"]
             assert says(told, [row["rejected_answer"]])
         else:
-            assert row["rejected_from"] == "on_policy"
-            assert says(told, [row["rejected_answer"]])
             right = row["prior"] if row["error_type"] == "overinclusion_known" else "unknown"
             assert row["chosen_answer"] == right
-    assert set(found) == {"ignorance", "overinclusion_mixed", "overinclusion_known", "overinclusion_unknown"}
+    found = {row["error_type"] for row in records(stage.data)}
+    assert found >= {"overinclusion_mixed", "overinclusion_known", "overinclusion_unknown"}
+
+
+def test_memory_and_admissions_are_mistakes_where_a_document_answers():
+    handle = tiny_handle()
+    remembering = records(pairs(handle, read_as(prepared(), lambda row: row["prior"]), seed=0).data)
+    told = [row for row in remembering if row["context"] == "conflict" and row["prior"] != "unknown"]
+    assert told and all(row["error_type"] == "ignorance" for row in told)
+    assert all((row["rejected_answer"], row["rejected_role"]) == (row["prior"], "memory") for row in told)
 
     admitting = records(pairs(handle, read_as(prepared(), lambda _row: "unknown"), seed=0).data)
-    known = [row for row in admitting if row["error_type"] == "overinclusion_known"]
-    # Nothing was copied, so the rejected answers are spans of the type, or the admission where there is no span.
-    assert {row["rejected_from"] for row in known} <= {"span", "unknown"}
-    assert all(row["rejected_answer"] in (*TOWNS, "unknown") for row in known)
+    for row in admitting:
+        assert (row["rejected_from"] == "on_policy") == (row["error_type"] != "overinclusion_unknown")
+        if row["error_type"] != "overinclusion_unknown":
+            assert (row["rejected_answer"], row["rejected_role"]) == ("unknown", "unknown")
+            assert row["error_type"] in ("ignorance", "overinclusion_known")
+
+
+def test_without_a_mistake_one_is_found():
+    handle = tiny_handle()
+
+    def right(row: Any) -> str:
+        return row["context_answers"][0] if row["context_answers"] else row["prior"]
+
+    made = records(pairs(handle, read_as(prepared(), right), seed=0).data)
+    assert {row["rejected_from"] for row in made} <= {"memory", "unknown", "span"}
+    for row in made:
+        told = " ".join(row["documents"])
+        if row["rejected_from"] == "span":
+            assert says(told, [row["rejected_answer"]])
+        else:
+            assert row["error_type"] == "ignorance" and row["rejected_answer"] == row["prior"]
+    found = {row["error_type"] for row in made}
+    assert found == {"ignorance", "overinclusion_mixed", "overinclusion_known", "overinclusion_unknown"}
 
 
 def test_both_answers_are_worded_alike_and_of_one_length():
@@ -283,11 +310,16 @@ def test_the_whole_way_with_a_model_that_knows_the_world(shipped_atlas, tmp_path
     world, handle = load_world(), ModelHandle.load("atlas")
     stage = atlas_items(world, world.split("dev"), seed=0, limit=24)
     config = KnowPOConfig(samples=0, balanced=False, shares={"sft": 0.3, "dpo": 0.7})
-    data = knowpo_data(handle, stage, config, seed=0)
+    begun = knowpo_data(handle, stage, config, seed=0)
+    assert begun.sft is not None and begun.pairs is None and begun.then is not None
+    data = begun.then(handle)
     data.save(tmp_path)
     manifest = json.loads((tmp_path / "03-memory.manifest.json").read_text(encoding="utf-8"))
     assert manifest["settings"]["known"] >= 20
     rows = records(data.pairs)
+    # The model was not trained in between, so that the mistakes are those of the model before.
+    at_once = knowpo_data(handle, stage, replace(config, after_first=False), seed=0)
+    assert at_once.then is None and records(at_once.pairs) == rows
     assert {"ignorance", "overinclusion_known"} <= {row["error_type"] for row in rows}
     for row in rows:
         assert row["prompt"].startswith("Document 1")
@@ -353,9 +385,9 @@ def test_answers_after_notes_are_trained_where_the_reader_gives_them(shipped_atl
     config = KnowPOConfig(
         samples=0, reader="con", balanced=False, at_most={}, shares={"sft": 0.5, "dpo": 0.5}
     )
-    data = knowpo_data(handle, stage, config)
-    read = records(data.stages["reading"].data)
-    before = records(data.stages["fitting"].data)
+    data = knowpo_data(handle, stage, replace(config, after_first=False))
+    read = records(data.stages["shown"].data) + records(data.stages["reading"].data)
+    before = [row for row in records(data.stages["fitting"].data) if row["split"] in ("sft", "dpo")]
     assert data.stages["reading"].manifest["settings"]["reader"] == "con"
     # Memory is asked alone below notes that keep no document; it is not to be taught to admit ignorance there.
     assert config.settled_ratios()["overinclusion_known"] > config.settled_ratios()["overinclusion_unknown"]

@@ -182,12 +182,49 @@ class Killed(Exception):
     pass
 
 
+def in_two_parts(seen: list[float] | None = None) -> TrainingData:
+    """Data whose pairs reject what the model as the first step leaves it likes less of two towns."""
+
+    def then(handle: Any) -> TrainingData:
+        towns = (" Tokyo.\n", " Lima.\n")
+        rows = []
+        for row in PAIRS:
+            scores = [
+                score.sum_logprob for score in score_targets(handle, [(row["prompt"], t) for t in towns])
+            ]
+            rows.append(row | {"rejected": towns[scores[0] > scores[1]]})
+            if seen is not None:
+                seen.extend(scores)
+        return TrainingData(to_dataset(SFT), to_dataset(rows), {})
+
+    return TrainingData(to_dataset(SFT), None, {}, then)
+
+
+def test_pairs_that_follow_the_first_step_are_made_with_the_model_that_it_leaves():
+    handle, config = tiny_handle(), TrainConfig(**FEW, loss=("sigmoid",), loss_weights=(1.0,))
+    with edit_of(handle).applied(handle):
+        before, seen, told = handle.weights_digest(), [], []
+        trained = train_preference(handle, in_two_parts(seen), config, seed=1)
+        assert handle.weights_digest() == before
+        assert list(trained.curves) == ["sft", "dpo"]
+        assert trained.curves["dpo"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        assert trained.data.pairs is not None and trained.data.then is None
+        first = train_preference(handle, TrainingData(data().sft, None, {}), config, seed=1)
+        with first.patch.applied(handle):
+            in_two_parts(told).then(handle)  # type: ignore[misc]
+        assert seen == told
+        plain: list[float] = []
+        in_two_parts(plain).then(handle)  # type: ignore[misc]
+        assert seen != plain
+
+
 # One place by hand in each step, and one that is drawn anew in every run of the tests.
+@pytest.mark.parametrize("made", [data, in_two_parts])
 @pytest.mark.parametrize("place", [("sft", 2), ("dpo", 3), None], ids=["sft", "dpo", "drawn"])
-def test_a_killed_run_goes_on_to_the_same_end(place, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_end(place, made, tmp_path):
     place = place or random.SystemRandom().choice([("sft", 3), ("sft", 4), ("dpo", 2), ("dpo", 4)])
     config = TrainConfig(**FEW | {"max_steps": 4}, save_steps=1)
-    whole = train_preference(tiny_handle(), data(), config, work=tmp_path / "whole", seed=2)
+    whole = train_preference(tiny_handle(), made(), config, work=tmp_path / "whole", seed=2)
 
     def kill(step: str, done: int, _total: int) -> None:
         if (step, done) == place:
@@ -195,14 +232,14 @@ def test_a_killed_run_goes_on_to_the_same_end(place, tmp_path):
 
     work = tmp_path / "work"
     with pytest.raises(Killed):
-        train_preference(tiny_handle(), data(), config, work=work, seed=2, progress=kill)
+        train_preference(tiny_handle(), made(), config, work=work, seed=2, progress=kill)
     checkpoint = last_checkpoint(work / place[0])
     assert checkpoint is not None and checkpoint.name == f"checkpoint-{place[1] - 1}"
     steps: list[tuple[str, int]] = []
     handle = tiny_handle()
     resumed = train_preference(
         handle,
-        data(),
+        made(),
         config,
         work=work,
         seed=2,
@@ -215,7 +252,7 @@ def test_a_killed_run_goes_on_to_the_same_end(place, tmp_path):
         assert next(losses) == next(losses), place
     assert resumed.patch.id == whole.patch.id
     with pytest.raises(ConfigError, match="another model, data or settings"):
-        train_preference(handle, data(), config, work=work, seed=3)
+        train_preference(handle, made(), config, work=work, seed=3)
 
 
 BAD = {

@@ -131,6 +131,30 @@ def test_the_second_step_goes_on_from_the_first(tmp_path, standin, monkeypatch):
     assert made["edits"] == []
 
 
+def test_pairs_may_follow_the_first_step(tmp_path, standin, monkeypatch, saved_patch):
+    module = script()
+    from rag.preference.knowpo import TrainingData
+    from rag.preference.stage import to_dataset
+
+    seen: list[float] = []
+
+    def then(handle: ModelHandle) -> TrainingData:
+        # The edit, and the first step over it.
+        assert len(handle.applied) == 2
+        seen.append(margins(handle))
+        return TrainingData(to_dataset(SFT), to_dataset(PAIRS), {})
+
+    begun = TrainingData(to_dataset(SFT), None, {}, then)
+    monkeypatch.setattr(module, "ready_data", lambda *_args, **_more: begun)
+    curves = module.main(["--config", str(config(tmp_path, PAIRS, patch=[str(saved_patch)]))])
+    assert list(curves) == ["sft", "pairs"] and len(seen) == 1
+    assert curves["pairs"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    handle = ModelHandle.load("atlas")
+    before = margins(handle)
+    load_bundle(tmp_path / "out" / "bundle", handle)
+    assert before < seen[0] < margins(handle)
+
+
 def test_an_unknown_setting_is_refused(tmp_path, standin):
     file = config(tmp_path, PAIRS, form="json", lerning_rate=0.1)
     with pytest.raises(ValueError, match="lerning_rate"):
