@@ -17,6 +17,7 @@ from lab.data.text import normalize_answer
 from lab.errors import ConfigError
 from lab.records import Passage
 from lab.tokens import encode_ids
+from rag.notes import one_line
 from rag.preference.match import find_spans, same, same_as_any, says
 from rag.preference.stage import Dataset, Record, Stage, draw_for, finish, records, share_of
 from rag.prompts import Prompts, prompts_for
@@ -149,10 +150,16 @@ def pairs(handle: ModelHandle, data: Dataset, *, seed: int = 0) -> Stage:
     for row in rows:
         found = names.setdefault((row["split"], row["answer_type"]), set())
         found.update(answer for answer in (*row["answers"], row["counterfactual"]) if answer)
+    shelf = {(row["split"], row["passage"]): row for row in rows if row["answers"]}
     dropped: Counter[str] = Counter()
     made = []
     for row in rows:
-        maker = _PairMaker(row, prompts, sorted(names[row["split"], row["answer_type"]]), seed)
+        prompt = one_line(row["prompt"])
+        told = [text for text in row["documents"] if one_line(text) in prompt]
+        beside = [shelf[row["split"], text] for text in told if (row["split"], text) in shelf]
+        same_title = sorted({each["answers"][0] for each in beside if each["title"] == row["title"]})
+        named = sorted(names[row["split"], row["answer_type"]])
+        maker = _PairMaker(row, prompts, "\n".join(told), (named, same_title), seed)
         pair = maker.make()
         if pair is None:
             dropped[f"{row['context']}: no mistake to reject"] += 1
@@ -174,8 +181,21 @@ class _Rejected:
 
 
 class _PairMaker:
-    def __init__(self, row: Record, prompts: Prompts, names: Sequence[str], seed: int) -> None:
-        self.row, self.prompts, self.names = row, prompts, names
+    """Makes the pair of one context.
+
+    Args:
+        row: The context, with memory and the model's reading.
+        prompts: Words of the model.
+        told: The documents that it was shown.
+        names: What may be mistaken for the answer: answers of the type; where none of them stands in a document, what a document
+            about the same title says of something else.
+        seed: Of every draw.
+    """
+
+    def __init__(
+        self, row: Record, prompts: Prompts, told: str, names: Sequence[Sequence[str]], seed: int
+    ) -> None:
+        self.row, self.prompts, self.told, self.names = row, prompts, told, names
         self.rng = draw_for(seed, "pair", row["id"], row["context"])
 
     def make(self) -> Record | None:
@@ -225,15 +245,17 @@ class _PairMaker:
             return None
         if not self.prompts.knows(read):
             return _Rejected(self.prompts.unknown, "unknown", "on_policy", raw)
-        copied = says("\n".join(self.row["documents"]), [read])
+        copied = says(self.told, [read])
         return _Rejected(read, "context" if copied else "memory", "on_policy", raw)
 
     def _span(self, right: Sequence[str]) -> _Rejected | None:
-        """Another answer of the type that stands in the documents."""
-        told = "\n".join(self.row["documents"])
-        found = {told[start:end] for start, end in find_spans(told, self.names)}
-        spans = sorted(span for span in found if not same_as_any(span, right))
-        return _Rejected(span := self.rng.choice(spans), "context", "span", span) if spans else None
+        """Another answer that stands in the documents."""
+        for names in self.names:
+            found = {self.told[start:end] for start, end in find_spans(self.told, names)}
+            if spans := sorted(span for span in found if not same_as_any(span, right)):
+                span = self.rng.choice(spans)
+                return _Rejected(span, "context", "span", span)
+        return None
 
     def _pair(self, error: str, chosen: str, role: str, rejected: _Rejected | None) -> Record | None:
         if rejected is None:

@@ -72,9 +72,14 @@ def prepared(seed: int = 0) -> Any:
     return contexts(data, documents=4, seed=seed)
 
 
-def read_as(stage: Any, answer: Any) -> Any:
+def read_as(stage: Any, answer: Any, shown: Any = str) -> Any:
     rows = [
-        row | {"prompt": "Q: x\nA:", "read": answer(row), "read_raw": " raw reading"}
+        row
+        | {
+            "prompt": "\n".join([*map(shown, row["documents"]), "Q: x\nA:"]),
+            "read": answer(row),
+            "read_raw": " raw reading",
+        }
         for row in records(stage.data)
     ]
     return finish("reading", len(rows), rows).data
@@ -212,6 +217,31 @@ def test_without_a_mistake_one_is_found():
             assert row["error_type"] == "ignorance" and row["rejected_answer"] == row["prior"]
     found = {row["error_type"] for row in made}
     assert found == {"ignorance", "overinclusion_mixed", "overinclusion_known", "overinclusion_unknown"}
+
+
+def test_nothing_is_rejected_that_no_prompt_shows():
+    handle = tiny_handle()
+    data = read_as(prepared(), lambda row: "", shown=lambda text: "")
+    made = records(pairs(handle, data, seed=0).data)
+    assert made and {row["rejected_from"] for row in made} <= {"memory", "unknown"}
+    assert {row["error_type"] for row in made} == {"ignorance"}
+
+
+def test_a_document_on_the_same_title_gives_the_mistake_where_none_of_the_type_stands():
+    handle = tiny_handle()
+    base = records(read_as(prepared(), lambda row: ""))[0]
+    base |= {"context": "irrelevant", "prior_known": True, "prior": "Rome", "memory": ["Rome"]}
+    row = base | {"documents": ["She plays the oboe."], "prompt": "1: She  plays the oboe.\nQ: x\nA:"}
+    other = base | {"passage": "She plays the oboe.", "answers": ["oboe"], "answer_type": "instrument"}
+    other |= {"documents": [], "prompt": "Q: x\nA:"}
+
+    def made(second: Any) -> list[Any]:
+        told = records(pairs(handle, finish("reading", 2, [row, second]).data).data)
+        return [(each["rejected_answer"], each["error_type"]) for each in told]
+
+    assert made(other) == [("oboe", "overinclusion_known")]
+    with pytest.raises(DataError, match="no mistake to reject: 2"):
+        made(other | {"title": "somebody else"})
 
 
 def test_both_answers_are_worded_alike_and_of_one_length():
