@@ -71,6 +71,18 @@ WAYS: Mapping[str, Way] = {
     "knowpo_con": Way("KnowPO after notes", reader="con", training="knowpo", changes={"reader": "con"}),
     "knowpo_no_rewrite": Way("KnowPO without rewriting", training="knowpo", changes={"rewrite": False}),
     "knowpo_no_ratio": Way("KnowPO without balancing", training="knowpo", changes={"balanced": False}),
+    "knowpo_con_no_rewrite": Way(
+        "KnowPO after notes without rewriting",
+        reader="con",
+        training="knowpo",
+        changes={"reader": "con", "rewrite": False},
+    ),
+    "knowpo_con_no_ratio": Way(
+        "KnowPO after notes without balancing",
+        reader="con",
+        training="knowpo",
+        changes={"reader": "con", "balanced": False},
+    ),
     "dta": Way("answer or admit (Divide-Then-Align)", training="dta"),
     "hierarchy": Way("user over documents over memory", training="hierarchy"),
     "trust": Way("believe what is verified", training="trust"),

@@ -35,9 +35,14 @@ RATIOS: Mapping[str, float] = {
     "overinclusion_known": 1.0,
     "overinclusion_unknown": 1.0,
 }
-# Notes leave out what is about others, so that memory is asked alone: pairs that want an admission there, as many as those that
-# want what is known, teach to admit ignorance of both.
-NOTES_RATIOS: Mapping[str, float] = {**RATIOS, "overinclusion_known": 2.0, "overinclusion_unknown": 0.5}
+# Notes leave out what is about others, so that below them few documents are left to be overread: mistakes of both kinds of
+# overinclusion that memory knows count half, and those that want an admission, which hardly occur, next to nothing.
+NOTES_RATIOS: Mapping[str, float] = {
+    "ignorance": 2.0,
+    "overinclusion_mixed": 1.0,
+    "overinclusion_known": 1.0,
+    "overinclusion_unknown": 0.1,
+}
 # Ours. KnowPO's released code takes related, conflict, irrelevant and empty as 5 to 5 to 4 to 1, but documents that agree with
 # memory, and questions without any, teach nothing about which of the two to believe.
 AT_MOST: Mapping[str, float] = {"related": 0.5, "empty": 0.125}

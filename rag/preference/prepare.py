@@ -13,7 +13,7 @@ from rag.decoding.contrast import position_limit
 from rag.preference.check import read_training_rows
 from rag.preference.knowpo import KnowPOConfig, TrainingData, applied_requests, knowpo_data, sft_rows
 from rag.preference.memory import fitting_contexts, probe_memory
-from rag.preference.pairs import read_contexts, split_by_title
+from rag.preference.pairs import balance, read_contexts, split_by_title
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import atlas_items, read_items, with_edits
 from rag.preference.stage import Stage, finish, records, share_of, to_dataset
@@ -165,7 +165,14 @@ def training_data(
     stages[method] = RECIPES[method](handle, data)
     if method not in _TAUGHT_FIRST:
         return TrainingData(None, stages[method].data, stages)
-    made = records(stages[method].data)
+    if method == "hierarchy":
+        # Cells without memory exist for strangers only, who are few; what is to be admitted there would be drowned.
+        cells_of = sorted({row["cell"] for row in records(stages[method].data)})
+        even = dict.fromkeys(cells_of, 1.0)
+        stages["even"] = balance(
+            stages[method].data, even, key=("cell",), total=len(stages[method].data), repeat=4, seed=seed
+        )
+    made = records(stages["even" if "even" in stages else method].data)
     rows = [row | {"completion": row["chosen"]} for row in made if row["split"] == "sft"]
     if method == "trust":
         # Documents without a tag stay in, or the tag would be learnt as all that counts.
