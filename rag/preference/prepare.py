@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # other. The hierarchy's paper trains by SFT alone, trust tags are ours.
 _TAUGHT_FIRST = ("hierarchy", "trust")
 _HALVES = {"sft": 0.5, "dpo": 0.5}
+# Who admits to know nothing are strangers, who are few among the questions; else the other cells teach to answer at any rate.
+_ADMISSIONS = 3
 _TAUGHT = ("id", "title", "split", "context", "grade", "prompt", "completion")
 METHODS = ("knowpo", "hierarchy", "notes", "dta", "context_dpo", "trust")
 
@@ -166,13 +169,11 @@ def training_data(
     if method not in _TAUGHT_FIRST:
         return TrainingData(None, stages[method].data, stages)
     if method == "hierarchy":
-        # Cells without memory exist for strangers only, who are few; what is to be admitted there would be drowned.
-        cells_of = sorted({row["cell"] for row in records(stages[method].data)})
-        even = dict.fromkeys(cells_of, 1.0)
-        stages["even"] = balance(
-            stages[method].data, even, key=("cell",), total=len(stages[method].data), repeat=4, seed=seed
-        )
-    made = records(stages["even" if "even" in stages else method].data)
+        stages["admissions"] = balance(
+            stages[method].data, _with_admissions(stages[method]), key=("cell",), repeat=_ADMISSIONS,
+            total=len(stages[method].data), seed=seed,
+        )  # fmt: skip
+    made = records(stages["admissions" if "admissions" in stages else method].data)
     rows = [row | {"completion": row["chosen"]} for row in made if row["split"] == "sft"]
     if method == "trust":
         # Documents without a tag stay in, or the tag would be learnt as all that counts.
@@ -183,6 +184,12 @@ def training_data(
     pairs = [row for row in made if row["split"] != "sft"]
     stages["pairs"] = finish("pairs", len(made), pairs)
     return TrainingData(stages["sft"].data if rows else None, stages["pairs"].data if pairs else None, stages)
+
+
+def _with_admissions(stage: Stage) -> dict[str, float]:
+    """Parts of the hierarchy's cells: as many as there are, but for those where no source speaks."""
+    counts = Counter(row["cell"] for row in records(stage.data))
+    return {cell: count * (_ADMISSIONS if cell in ("c", "i") else 1) for cell, count in counts.items()}
 
 
 def ready_data(
