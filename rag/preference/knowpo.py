@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import ConfigError
+from rag.preference.balance import balance
 from rag.preference.memory import fitting_contexts, probe_memory
 from rag.preference.pairs import (
     BARE,
     DEFAULT_SHARES,
     Frame,
-    balance,
     pairs,
     read_contexts,
     split_by_title,

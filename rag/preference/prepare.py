@@ -11,10 +11,11 @@ from lab.data import read_rows
 from lab.errors import ConfigError
 from lab.eval.evaluations import EvaluationRequest
 from rag.decoding.contrast import position_limit
+from rag.preference.balance import balance
 from rag.preference.check import read_training_rows
 from rag.preference.knowpo import KnowPOConfig, TrainingData, applied_requests, knowpo_data, sft_rows
 from rag.preference.memory import fitting_contexts, probe_memory
-from rag.preference.pairs import balance, read_contexts, split_by_title
+from rag.preference.pairs import read_contexts, split_by_title
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import atlas_items, read_items, with_edits
 from rag.preference.stage import Stage, finish, records, share_of, to_dataset

@@ -11,7 +11,7 @@ import typer
 
 from lab.cli.root import build_app, run
 from rag.preference import suites
-from rag.preference.pairs import balance
+from rag.preference.balance import balance
 from rag.preference.stage import finish, records
 from tests.rag.test_preference_suites import ROWS, row
 

@@ -13,11 +13,9 @@ from rag.preference.match import find_spans, same, says
 from rag.preference.memory import probe_memory
 from rag.preference.pairs import (
     SENTENCES,
-    balance,
     pairs,
     read_contexts,
     split_by_title,
-    water_fill,
     word_pairs,
 )
 from rag.preference.passages import contexts, counterfactuals, rewrite_passage
@@ -261,21 +259,6 @@ def test_both_answers_are_worded_alike_and_of_one_length():
     assert sum(stage.manifest["settings"]["length_differences"].values()) == 1
     raw = records(word_pairs(handle, finish("x", 2, rows).data, rewrite=False).data)
     assert [row["rejected"] for row in raw] == [" Raw, it is\n"] * 2
-
-
-def test_water_filling_by_hand():
-    assert water_fill({"a": 10, "b": 4}, {"a": 2, "b": 1}) == {"a": 8, "b": 4}
-    assert water_fill({"a": 9, "b": 9, "c": 1}, {"a": 1, "b": 1, "c": 1}, total=9) == {"a": 4, "b": 4, "c": 1}
-    assert water_fill({"a": 2}, {"a": 1, "b": 3}, total=9) == {"a": 2, "b": 0}
-    assert water_fill({"a": 7, "b": 21}, {"a": 0.1, "b": 0.3}) == {"a": 7, "b": 21}
-    rows = [{"error_type": "a", "n": n} for n in range(10)] + [{"error_type": "b", "n": n} for n in range(4)]
-    data = finish("x", 14, rows).data
-    stage = balance(data, {"a": 2, "b": 1}, seed=1)
-    assert Counter(row["error_type"] for row in records(stage.data)) == {"a": 8, "b": 4}
-    assert stage.manifest["settings"]["available"] == {"a": 10, "b": 4}
-    assert stage.manifest["dropped"]["beyond the part of a"] == 2
-    with pytest.raises(ConfigError, match="'b'"):
-        balance(data, {"a": 1})
 
 
 def test_edits_become_the_memory():
