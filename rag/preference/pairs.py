@@ -137,7 +137,8 @@ def pairs(handle: ModelHandle, data: Dataset, *, seed: int = 0) -> Stage:
 
     A mistake that the model makes itself is what its pair rejects, be it a word of the documents, its memory or an admission.
     Where it makes none, a context that holds an answer serves one error, drawn, or the other where the model's memory agrees with
-    the documents or the documents hold no second answer of the type: memory is rejected, or that answer.
+    the documents or the documents hold no second answer: memory is rejected, or that answer. Only documents that the prompt shows
+    count, so that nothing is rejected which could not have been read there.
 
     Adds:
         ``error_type``, ``chosen_answer``, ``chosen_role``, ``rejected_answer``, ``rejected_role``, ``rejected_raw``,
