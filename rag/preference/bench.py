@@ -171,12 +171,19 @@ def cell_name(
         told |= {
             "train": content(bench.train_data),
             "train_limit": bench.train_limit,
-            "samples": bench.samples,
-            "draws": bench.draws,
+            "data_config": data_config(way, bench).to_json(),
             "config": asdict(train_config(handle, WAYS[way].training, **training)),
         }
     text = json.dumps(told, sort_keys=True, default=str)
     return f"{way}-{seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+
+
+def data_config(way: str, bench: PreferenceBench) -> KnowPOConfig:
+    """Settings of the data that an adapter is trained on, the ratios of errors settled."""
+    hard = DIFFICULTIES[bench.difficulty]
+    settings = {"draws": bench.draws, "samples": bench.samples, "shares": _BOTH}
+    config = KnowPOConfig(**hard.contexts(), **settings, **WAYS[way].changes)
+    return replace(config, ratios=config.settled_ratios())
 
 
 def content(source: str) -> str:
@@ -274,7 +281,7 @@ class PreferenceWorkshop:
                 first = None
         else:
             data = training_data(
-                self.handle, method, self._items(seed), config=self._data_config(way), seed=seed
+                self.handle, method, self._items(seed), config=data_config(way, self.bench), seed=seed
             )
         trained = train_preference(
             self.handle, data, training, method=way, seed=seed, progress=self.progress, first=first
@@ -295,7 +302,7 @@ class PreferenceWorkshop:
         """
         from rag.preference.train import train_preference
 
-        config = self._data_config(way)
+        config = data_config(way, self.bench)
         shared = (seed, config.reader)
         if shared not in self._begun:
             training = train_config(self.handle, "knowpo", **self.training)
@@ -310,11 +317,6 @@ class PreferenceWorkshop:
             self._begun[shared] = data, first
         data, first = self._begun[shared]
         return knowpo_pairs(self.handle, data, config, seed=seed), first
-
-    def _data_config(self, way: str) -> KnowPOConfig:
-        hard, bench = DIFFICULTIES[self.bench.difficulty], self.bench
-        settings = {"draws": bench.draws, "samples": bench.samples, "shares": _BOTH}
-        return KnowPOConfig(**hard.contexts(), **settings, **WAYS[way].changes)
 
     def _items(self, seed: int) -> Stage:
         """What adapters are trained on."""

@@ -173,3 +173,21 @@ def test_contexts_are_cut_to_what_the_model_reads(monkeypatch):
     assert made["long"]["documents"] == ["In Rome.", "y"] and made["long"]["gold_pos"] == 0
     assert stage.manifest["settings"]["shortened"] == 1
     assert list(stage.manifest["dropped"].values()) == [1]
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_data(monkeypatch):
+    from rag.preference import knowpo
+    from rag.preference.bench import cell_name
+
+    handle, bench = tiny_handle(), PreferenceBench(limit=4)
+
+    def names(bench: PreferenceBench = bench) -> list[str]:
+        return [cell_name(handle, way, bench, {}, 0) for way in ("base", "knowpo", "knowpo_con")]
+
+    before = names()
+    assert names() == before
+    monkeypatch.setattr(knowpo, "NOTES_RATIOS", {"ignorance": 1.0})
+    base, direct, after_notes = names()
+    assert (base, direct) == tuple(before[:2]) and after_notes != before[2]
+    others = names(PreferenceBench(limit=4, draws=2))
+    assert others[0] == base and others[1] != direct
