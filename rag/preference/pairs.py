@@ -24,6 +24,8 @@ from rag.prompts import Prompts, prompts_for
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
 
+# Words; a whole sentence copied from a document is no answer.
+_LONGEST_ANSWER = 12
 ERRORS = ("ignorance", "overinclusion_mixed", "overinclusion_known", "overinclusion_unknown")
 DEFAULT_SHARES: Mapping[str, float] = {"sft": 0.35, "dpo": 0.5, "dev": 0.15}
 
@@ -54,7 +56,6 @@ class Frame:
 
 
 BARE = Frame()
-_LONGEST_ANSWER = 12
 SENTENCES = Frame(
     "From the documents, the answer is: {}",
     "From my own memory, the answer is: {}",
@@ -240,7 +241,6 @@ class _PairMaker:
     def _mistake(self, right: Sequence[str]) -> _Rejected | None:
         """What the model answers, where it is wrong and as short as an answer."""
         read, raw = self.row["read"], self.row["read_raw"]
-        # A whole sentence copied from a document is no answer.
         if not read or len(read.split()) > _LONGEST_ANSWER or same_as_any(read, right):
             return None
         if not self.prompts.knows(read):

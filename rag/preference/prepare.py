@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -169,12 +168,10 @@ def training_data(
     stages[method] = RECIPES[method](handle, data)
     if method not in _TAUGHT_FIRST:
         return TrainingData(None, stages[method].data, stages)
+    pool = stages[method]
     if method == "hierarchy":
-        stages["admissions"] = balance(
-            stages[method].data, _with_admissions(stages[method]), key=("cell",), repeat=_ADMISSIONS,
-            total=len(stages[method].data), seed=seed,
-        )  # fmt: skip
-    made = records(stages["admissions" if "admissions" in stages else method].data)
+        pool = stages["admissions"] = _with_admissions(pool, seed=seed)
+    made = records(pool.data)
     rows = [row | {"completion": row["chosen"]} for row in made if row["split"] == "sft"]
     if method == "trust":
         # Documents without a tag stay in, or the tag would be learnt as all that counts.
@@ -187,10 +184,13 @@ def training_data(
     return TrainingData(stages["sft"].data if rows else None, stages["pairs"].data if pairs else None, stages)
 
 
-def _with_admissions(stage: Stage) -> dict[str, float]:
-    """Parts of the hierarchy's cells: as many as there are, but for those where no source speaks."""
-    counts = Counter(row["cell"] for row in records(stage.data))
-    return {cell: count * (_ADMISSIONS if cell in ("c", "i") else 1) for cell, count in counts.items()}
+def _with_admissions(stage: Stage, *, seed: int) -> Stage:
+    """The hierarchy's pairs with more of the cells where no source speaks, the others as common as they are beside each other."""
+    ratios = {
+        cell: count * (_ADMISSIONS if cell in ("c", "i") else 1)
+        for cell, count in stage.manifest["counts"]["cell"].items()
+    }
+    return balance(stage.data, ratios, key=("cell",), total=len(stage.data), repeat=_ADMISSIONS, seed=seed)
 
 
 def ready_data(
