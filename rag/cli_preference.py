@@ -52,7 +52,8 @@ def train(
         str,
         typer.Option(
             "--data",
-            help="atlas; a file of questions (SQuAD, MRQA, question-answers-context); or a file of finished pairs.",
+            help="atlas; a file of questions with passages (SQuAD, MRQA, KnowPO, RGB, RealTimeQA, ConflictQA, ConFiQA, MQuAKE, "
+            "NQ-Synth, question-answers-context); or a file of finished pairs.",
             rich_help_panel=TRAIN_PANEL,
         ),
     ] = "atlas",

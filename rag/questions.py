@@ -23,6 +23,7 @@ __all__ = [
     "FileQuestion",
     "conflictqa_question",
     "documents_of",
+    "nq_synth_question",
     "read_documents",
     "read_questions",
     "realtimeqa_question",
@@ -205,7 +206,8 @@ def _open(row: Row, number: str) -> FileQuestion:
     )
 
 
-def _nq_synth(row: Row, number: str) -> FileQuestion:
+def nq_synth_question(row: Row, number: str) -> FileQuestion:
+    """A row of NQ-Synth; without its document it has no answers."""
     context, found, rest = str(row.value["context_string"]).rpartition("\nQuestion:")
     if not found:
         raise DataError("'context_string' holds no line 'Question:'", row.file, row.line)
@@ -231,6 +233,6 @@ _FORMATS: Mapping[str, tuple[frozenset[str], Callable[[Row, str], FileQuestion]]
         conflictqa_question,
     ),
     "realtimeqa": (frozenset({"question_sentence", "choices", "answer"}), realtimeqa_question),
-    "nq_synth": (frozenset({"context_string", "gold_answers"}), _nq_synth),
+    "nq_synth": (frozenset({"context_string", "gold_answers"}), nq_synth_question),
     "questions": (frozenset({"question", "answers"}), _open),
 }

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lab.errors import DataError
+from rag.preference.match import says
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import read_items
 from rag.preference.stage import finish, records
@@ -18,6 +19,7 @@ FILES = (
     "conflictqa/conflictQA-strategyQA-llama2-7b.jsonl", "faithfulrag/squad_negative.json",
     "coconflictqa/SQuAD_kc.jsonl", "coconflictqa/hotpotq_kc.jsonl",
     "coconflictqa/NaturalQuestionsShort_kc.jsonl", "coconflictqa/TriviaQA-web_kc.jsonl",
+    "mquake/AKEW-MQuAKE-CF.json", "mquake/MQuAKE-hard.json", "nq_synth/nq_synth_2_-1.jsonl",
     "knowpo_squadzen/processed_sqaudZen-related-dpo-negative_2.json",
     "knowpo_squadzen/processed_sqaudZen-irrelavant-dpo-negative.json",
 )  # fmt: skip
@@ -42,14 +44,69 @@ def test_a_false_answer_that_the_file_brings_is_taken(shared_data):
     assert rows[0]["given_counterfactual"] == "Glendale, Arizona"
 
 
+CASE = {
+    "case_id": 7,
+    "requested_rewrite": [
+        {"prompt": "{} was built by", "subject": "The Owl", "target_new": {"str": "Bo"}, "target_true": {"str": "Ada"}}
+    ],
+    "questions": ["Where was the builder of The Owl born?", "Where is its builder from?"],
+    "answer": "Oslo",
+    "answer_alias": ["Christiania"],
+    "new_answer": "Port St.",
+    "new_answer_alias": ["Port Saint"],
+    "single_hops": [
+        {"cloze": "The Owl was built by", "answer": "Ada"},
+        {"cloze": "Ada was born in", "answer": "Oslo"},
+    ],
+    "new_single_hops": [
+        {"cloze": "The Owl was built by", "answer": "Bo"},
+        {"cloze": "Bo was born in", "answer": "Port St."},
+    ],
+}  # fmt: skip
+SYNTH = {
+    "input_index": 4,
+    "assigned_process": 0,
+    "context_string": "Bo wrote  the Owl . \nUsing only the references listed above, answer the following question: \n"
+    "Question: Who wrote the Owl ?\nAnswer:",
+    "gold_answers": "Bo",
+}
+ALONE = SYNTH | {
+    "assigned_process": 1,
+    "context_string": "Answer the following question: \nQuestion: Who wrote the Owl ?\nAnswer:",
+}
 BROKEN = {
+    "case without an answer": ({**CASE, "answer": None}, "'answer'"),
+    "case with a blank answer": ({**CASE, "new_answer": " "}, "'new_answer'"),
+    "case with odd aliases": ({**CASE, "answer_alias": [1]}, "'answer_alias'"),
+    "case without questions": ({**CASE, "questions": []}, "'questions'"),
+    "case without hops": ({**CASE, "single_hops": []}, "'single_hops'"),
+    "case with one side of hops": ({k: v for k, v in CASE.items() if k != "new_single_hops"}, "'new_single_hops'"),
+    "case with half a hop": ({**CASE, "single_hops": [{"cloze": "Ada was born in"}]}, r"'single_hops\[0\].answer'"),
+    "case with a hop of text": ({**CASE, "new_single_hops": ["Ada"]}, r"'new_single_hops\[0\]'"),
+    "case without edits": ({k: v for k, v in CASE.items() if k != "requested_rewrite"}, "'requested_rewrite'"),
+    "case without a subject": ({**CASE, "requested_rewrite": [{"prompt": "{} is"}]}, r"'requested_rewrite\[0\].subject'"),
+    "synthetic without a document": (ALONE | {"assigned_process": 0}, "'context_string' must hold a document"),
+    "synthetic without a question": (SYNTH | {"context_string": "Bo wrote it."}, "no line 'Question:'"),
+    "synthetic with a blank question": (
+        SYNTH | {"context_string": SYNTH["context_string"].replace("Who wrote the Owl ?", "")}, "a line 'Question"
+    ),
+    "synthetic without an answer": (SYNTH | {"gold_answers": ["Bo"]}, "'gold_answers'"),
+    "answers alone": ({"ids": "4", "question": "who?", "answers": ["Bo"]}, "no document: a field 'context'"),
+    "answer alone": ({"question": "Who?", "answer": "Bo", "type": "bridge"}, "no document: a field 'context'"),
+    "results alone": ({"question_id": "1", "search_result": [{"text": "Bo."}]}, "no question: RealTimeQA"),
+    "context of pairs": ({"question": "Who?", "answer": "Bo", "context": [["Owl", ["Bo."]]]}, "'context'"),
+    "context of nothing": ({"question": "Who?", "answer": "Bo", "context": " "}, "'context'"),
+    "no documents": ({"question": "Who?", "answer": "Bo", "doc": [], "type": "related"}, "'doc'"),
+    "no evidence": ({"question": "Is it?", "ground_truth": ["True"], "memory_answer": "No.", "counter_answer": "Yes."},
+                    "'parametric_memory_aligned_evidence'"),
+    "another form": ({"text": "a", "label": 1}, "a row with label, text is none of: SQuAD, MRQA, .*MQuAKE, NQ-Synth"),
     "choice": (
         {"question_sentence": "Who?", "choices": ["a", "b"], "answer": ["7"]},
         "names none of 2 choices",
     ),
     "query": ({"query": " ", "positive": ["x"], "answer": "x"}, "'query'"),
     "documents": ({"query": "Who?", "positive": "x", "answer": "x"}, "'positive'"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -60,7 +117,7 @@ def test_a_broken_row_names_file_and_line(name, tmp_path):
     file.write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n", encoding="utf-8")
     with pytest.raises(DataError, match=message) as caught:
         read_items(file)
-    assert "rows.jsonl" in str(caught.value) and "2" in str(caught.value)
+    assert "rows.jsonl:2: " in str(caught.value)
 
 
 DENYING = {
@@ -109,3 +166,70 @@ def test_a_pair_of_passages_and_a_single_answer_are_read(tmp_path):
     assert first["answers"] == ["Oslo", "Christiania"] and first["given_counterfactual"] == "Rome"
     assert first["given_counterfactual_passage"] == "Ada is in Rome."
     assert second["answers"] == ["Nile"] and second["passage"] == "Bo is in Nile."
+
+
+def test_hops_become_a_passage_and_the_one_that_contradicts_it(tmp_path):
+    file = tmp_path / "rows.json"
+    also_right = CASE | {"case_id": 8, "new_answer": "Christiania"}
+    told_both = CASE | {
+        "case_id": 9,
+        "new_single_hops": [{"cloze": "The twin of Oslo is", "answer": "Port St."}],
+    }
+    file.write_text(json.dumps([CASE, also_right, told_both]), encoding="utf-8")
+    row, *unopposed = records(read_items(file).data)
+    assert row["id"] == "7" and row["title"] == "The Owl"
+    assert row["question"] == "Where was the builder of The Owl born?"
+    assert row["passage"] == "The Owl was built by Ada. Ada was born in Oslo."
+    assert row["answers"] == row["memory"] == ["Oslo", "Christiania"]
+    assert row["given_counterfactual"] == "Port St."
+    assert row["given_counterfactual_passage"] == "The Owl was built by Bo. Bo was born in Port St."
+    for other in unopposed:
+        assert not other["given_counterfactual"] and not other["given_counterfactual_passage"]
+
+
+@pytest.mark.parametrize("name", ["AKEW-MQuAKE-CF", "MQuAKE-hard"])
+def test_every_case_of_the_multi_hop_files_states_its_answers(name, shared_data):
+    stage = read_items(shared_data / f"mquake/{name}.json")
+    assert stage.manifest["rows_out"] == stage.manifest["rows_in"]
+    rows = records(stage.data)
+    opposed = [row for row in rows if row["given_counterfactual_passage"]]
+    assert len(opposed) > 0.95 * len(rows)
+    for row in rows:
+        assert says(row["passage"], row["answers"][:1]) and row["title"]
+        assert ".." not in row["passage"]
+    for row in opposed:
+        assert says(row["given_counterfactual_passage"], [row["given_counterfactual"]])
+        assert not says(row["given_counterfactual_passage"], row["answers"])
+
+
+def test_a_question_with_its_synthetic_document_is_read_once(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, [SYNTH, ALONE])), encoding="utf-8")
+    stage = read_items(file)
+    (row,) = records(stage.data)
+    assert (row["id"], row["question"], row["passage"], row["answers"]) == (
+        "4", "Who wrote the Owl ?", "Bo wrote the Owl .", ["Bo"],
+    )  # fmt: skip
+    assert stage.manifest["dropped"] == {"the question of another row without its document": 1}
+
+
+def test_the_synthetic_file_has_a_document_for_every_other_row(shared_data):
+    stage = read_items(shared_data / "nq_synth/nq_synth_2_-1.jsonl")
+    assert 2 * stage.manifest["rows_out"] == stage.manifest["rows_in"]
+    for row in records(stage.data):
+        assert says(row["passage"], row["answers"])
+        assert row["question"] not in row["passage"] and "Using only" not in row["passage"]
+
+
+LACKING = {
+    "hotpotqa/hotpot_dev_v1_simplified.json": "has a question and an answer but no document",
+    "nq/nq_qa_dataset.jsonl": "has a question and an answer but no document",
+    "realtimeqa/past_2022_dpr.jsonl": "has search results but no question",
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_file_without_documents_or_questions_is_refused_with_what_would_do(name, shared_data):
+    with pytest.raises(DataError, match=LACKING[name]) as caught:
+        read_items(shared_data / name)
+    assert caught.value.line and "knowlab rag eval" in str(caught.value)
