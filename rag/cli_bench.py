@@ -23,16 +23,16 @@ app.add_typer(bench, name="bench")
 
 COMMAND = "bench preference"
 ALL = (
-    "base,faithful,con,cad,adacad,coiecd,ck_plug,parammute,sft,sft_con,context_dpo,knowpo,knowpo_con,knowpo_no_rewrite,"
-    "knowpo_no_ratio,knowpo_con_no_rewrite,knowpo_con_no_ratio,dta,hierarchy,trust"
+    "base,faithful,con,cad,adacad,coiecd,ck_plug,parammute,sft,sft_con,sft_first,sft_first_con,context_dpo,knowpo,knowpo_con,"
+    "knowpo_no_rewrite,knowpo_no_ratio,knowpo_con_no_rewrite,knowpo_con_no_ratio,dta,hierarchy,trust"
 )
 
 _HELP = """Compare ways of choosing between documents and memory: adherence, robustness, their errors, and seconds.
 
 Prompts (base, faithful, con), decoding rules (cad, adacad, coiecd, ck_plug, parammute) and adapters that are trained first (sft,
-context_dpo, knowpo, dta, hierarchy, trust) answer the very same contexts; every two are compared by a paired test. sft sees what
-knowpo prefers, in as many tokens; knowpo_no_rewrite and knowpo_no_ratio lack a step of it; sft_con, knowpo_con and its ablations
-train the answers that con gives after its notes.
+context_dpo, knowpo, dta, hierarchy, trust) answer the very same contexts; every two are compared by a paired test. Two
+controls have as many tokens as knowpo: sft_first is its first step carried on, sft is taught what it prefers as well.
+knowpo_no_rewrite and knowpo_no_ratio lack a step of it; names with con in them train the answers that con gives after its notes.
 
 Writes bench.json, .md and .html into --out. Each finished run is kept in --out/cells; the same command goes on where it was
 interrupted.

@@ -18,7 +18,7 @@ from rag.preference.control import equal_token_sft
 from rag.preference.edited import edit_metrics, edit_rows
 from rag.preference.knowpo import KnowPOConfig, TrainingData, knowpo_pairs
 from rag.preference.prepare import DIFFICULTIES, prepare, question_items, training_data
-from rag.preference.presets import train_config
+from rag.preference.presets import CONTROLS, train_config
 from rag.preference.stage import Dataset, Record, Stage, records
 from rag.preference.suites import flip_rate, hierarchy_cells, observe, preference_metrics
 from rag.preference.tagged import hierarchy_rows, trust_rows
@@ -43,8 +43,8 @@ class Way:
         title: What it is, in a few words.
         reader: The reader's name.
         rule: The decoding rule's name.
-        training: What an adapter is trained on; empty without one. ``sft`` is the control of ``knowpo``: see
-            ``equal_token_sft``.
+        training: What an adapter is trained on; empty without one. ``sft`` and ``sft_first`` are the controls of ``knowpo``, with the
+            chosen answers and without: see ``equal_token_sft``.
         changes: Settings of ``KnowPOConfig`` that differ: the ablations.
     """
 
@@ -65,9 +65,13 @@ WAYS: Mapping[str, Way] = {
     "ck_plug": Way("decoding by confidence gain", rule="ck_plug"),
     "parammute": Way("memory's layers muted", rule="parammute"),
     "sft": Way("what KnowPO prefers, by SFT in as many tokens", training="sft"),
+    "sft_first": Way("KnowPO's first step alone, in as many tokens", training="sft_first"),
     "context_dpo": Way("documents over memory", training="context_dpo"),
     "knowpo": Way("adherence and robustness", training="knowpo"),
     "sft_con": Way("the same after notes", reader="con", training="sft", changes={"reader": "con"}),
+    "sft_first_con": Way(
+        "KnowPO's first step alone after notes", reader="con", training="sft_first", changes={"reader": "con"}
+    ),
     "knowpo_con": Way("KnowPO after notes", reader="con", training="knowpo", changes={"reader": "con"}),
     "knowpo_no_rewrite": Way("KnowPO without rewriting", training="knowpo", changes={"rewrite": False}),
     "knowpo_no_ratio": Way("KnowPO without balancing", training="knowpo", changes={"balanced": False}),
@@ -274,10 +278,10 @@ class PreferenceWorkshop:
         start = time.perf_counter()
         training = train_config(self.handle, method, **self.training)
         first = None
-        if method in ("sft", "knowpo"):
+        if method in (*CONTROLS, "knowpo"):
             data, first = self._two_steps(way, seed)
-            if method == "sft":
-                data, training = equal_token_sft(self.handle, data, training)
+            if method in CONTROLS:
+                data, training = equal_token_sft(self.handle, data, training, chosen=method == "sft")
                 first = None
         else:
             data = training_data(

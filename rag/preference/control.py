@@ -1,4 +1,4 @@
-"""The control of preference training: SFT on the answers that it prefers, in as many tokens."""
+"""The controls of preference training: SFT alone in as many tokens, with the answers that it prefers or without."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ if TYPE_CHECKING:
 
 
 def equal_token_sft(
-    handle: ModelHandle, data: TrainingData, config: TrainConfig
+    handle: ModelHandle, data: TrainingData, config: TrainConfig, *, chosen: bool = True
 ) -> tuple[TrainingData, TrainConfig]:
-    """SFT alone that sees every title of a two-step training, and as many tokens.
+    """SFT alone in as many tokens as a two-step training.
 
-    Its rows are the SFT rows and the chosen answer of every pair, so that it lacks nothing but the rejected answers; its epochs
-    are set so that the tokens that it is trained on are those of both steps (a pair has its prompt twice, as the trainer reads
-    it; passes of the reference model do not count).
+    Its epochs are set so that the tokens that it is trained on are those of both steps (a pair has its prompt twice, as the
+    trainer reads it; passes of the reference model do not count).
 
     Args:
         handle: Counts tokens.
         data: What the two steps train on.
         config: Of the two steps.
+        chosen: Whether the chosen answer of every pair is taught as well: the control then sees every title and lacks nothing but the
+            rejected answers. Off, it is the first step carried on, which lacks all that comes of the second.
 
     Returns:
         Data without pairs, and the settings with other ``sft_epochs``.
     """
     rows = records(data.sft) if data.sft is not None else []
     pairs = records(data.pairs) if data.pairs is not None else []
-    chosen = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]
-    mixed = [{name: row[name] for name in ("prompt", "completion")} for row in rows] + chosen
+    preferred = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs] if chosen else []
+    mixed = [{name: row[name] for name in ("prompt", "completion")} for row in rows] + preferred
     tokenizer = handle.tokenizer
     first = trained_tokens(tokenizer, rows, ("completion",))
     second = trained_tokens(tokenizer, pairs, ("chosen", "rejected"))
-    once = first + trained_tokens(tokenizer, chosen, ("completion",))
+    once = first + trained_tokens(tokenizer, preferred, ("completion",))
     wanted = first * config.sft_epochs + second * config.dpo_epochs
     epochs = wanted / once if once else config.sft_epochs
-    made = finish("equal_tokens", len(rows) + len(pairs), mixed, tokens=round(wanted), epochs=epochs)
+    came = len(rows) + (len(pairs) if chosen else 0)
+    made = finish("equal_tokens", came, mixed, tokens=round(wanted), epochs=epochs, chosen=chosen)
     return TrainingData(made.data, None, {**data.stages, "equal_tokens": made}), replace(
         config, sft_epochs=epochs
     )

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from rag.preference.train import TrainConfig
 
 
+# Ways of training that are held against ``knowpo``, and trained as it is.
+CONTROLS = ("sft", "sft_first")
+
+
 def tuned_settings(handle: ModelHandle, method: str) -> dict[str, Any]:
     """What the first row that fits a model's type and shape says of a method; nothing where none does."""
     text = files("rag.preference").joinpath("presets.toml").read_text(encoding="utf-8")
@@ -34,7 +38,7 @@ def train_config(handle: ModelHandle, method: str, **given: Any) -> TrainConfig:
 
     Args:
         handle: The model.
-        method: A name of ``METHODS``; ``sft`` is the control of ``knowpo`` and trained as it.
+        method: A name of ``METHODS``, or of ``CONTROLS``.
         **given: Settings; ``None`` stands for nothing given. Without ``alpha`` a ``rank`` brings twice itself.
 
     Raises:
@@ -48,7 +52,7 @@ def train_config(handle: ModelHandle, method: str, **given: Any) -> TrainConfig:
         raise ConfigError(f"training has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
     if "rank" in chosen:
         chosen.setdefault("alpha", 2 * chosen["rank"])
-    merged = {**tuned_settings(handle, "knowpo" if method == "sft" else method), **chosen}
+    merged = {**tuned_settings(handle, "knowpo" if method in CONTROLS else method), **chosen}
     settings: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in merged.items()
     }

@@ -17,7 +17,7 @@ from rag.preference.edited import edit_metrics, edit_rows, edited_facts
 from rag.preference.memory import fitting_contexts
 from rag.preference.passages import contexts
 from rag.preference.prepare import question_items
-from rag.preference.presets import train_config
+from rag.preference.presets import CONTROLS, train_config
 from rag.preference.stage import finish, records
 from tests.rag.test_preference_suites import row
 from tests.tiny import tiny_handle
@@ -149,7 +149,7 @@ def test_settings_of_training_come_from_defaults_the_model_and_the_caller():
 
     plain, tuned = train_config(handle(64), "knowpo"), train_config(handle(256), "knowpo")
     assert plain.sft_lr == 1e-4 and tuned.sft_lr > plain.sft_lr
-    assert train_config(handle(256), "sft") == tuned
+    assert all(train_config(handle(256), name) == tuned for name in CONTROLS)
     changed = train_config(
         handle(256), "knowpo", rank=3, beta=0.5, max_steps=None, loss=["sigmoid"], loss_weights=[1.0]
     )

@@ -138,11 +138,12 @@ def test_an_unknown_objective_is_refused():
         TrainConfig(objective="ppo")
 
 
-def test_the_control_sees_the_chosen_answers_and_as_many_tokens():
+@pytest.mark.parametrize("chosen", [True, False])
+def test_the_controls_see_as_many_tokens_with_the_chosen_answers_and_without(chosen: bool):
     handle = tiny_handle()
     config = TrainConfig(sft_epochs=2.0, dpo_epochs=3.0)
-    made, changed = equal_token_sft(handle, data(), config)
-    assert made.pairs is None and len(made.sft) == len(SFT) + len(PAIRS)
+    made, changed = equal_token_sft(handle, data(), config, chosen=chosen)
+    assert made.pairs is None and len(made.sft) == len(SFT) + chosen * len(PAIRS)
 
     def tokens(*sides: str) -> int:
         rows = [row | {"completion": row["chosen"]} for row in PAIRS]
@@ -151,7 +152,7 @@ def test_the_control_sees_the_chosen_answers_and_as_many_tokens():
         )
 
     wanted = 2 * tokens("completion") + 3 * tokens("chosen", "rejected")
-    assert changed.sft_epochs * 2 * tokens("completion") == pytest.approx(wanted)
+    assert changed.sft_epochs * (1 + chosen) * tokens("completion") == pytest.approx(wanted)
     assert changed.dpo_epochs == config.dpo_epochs
 
 
