@@ -285,7 +285,7 @@ class PreferenceWorkshop:
                 first = None
         else:
             data = training_data(
-                self.handle, method, self._items(seed), config=data_config(way, self.bench), seed=seed
+                self.handle, method, self._items(seed, method), config=data_config(way, self.bench), seed=seed
             )
         trained = train_preference(
             self.handle, data, training, method=way, seed=seed, progress=self.progress, first=first
@@ -322,7 +322,7 @@ class PreferenceWorkshop:
         data, first = self._begun[shared]
         return knowpo_pairs(self.handle, data, config, seed=seed), first
 
-    def _items(self, seed: int) -> Stage:
+    def _items(self, seed: int, method: str = "knowpo") -> Stage:
         """What adapters are trained on."""
         return question_items(
             self.bench.train_data,
@@ -330,6 +330,7 @@ class PreferenceWorkshop:
             limit=self.bench.train_limit,
             seed=seed,
             wording=DIFFICULTIES[self.bench.difficulty].train_wording,
+            method=method,
         )
 
     def _further(self, reader: Reader, contexts: Dataset, seed: int) -> dict[str, list[Record]]:

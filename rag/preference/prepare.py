@@ -10,7 +10,6 @@ from lab.data import read_rows
 from lab.errors import ConfigError
 from lab.eval.evaluations import EvaluationRequest
 from rag.decoding.contrast import position_limit
-from rag.preference.balance import balance
 from rag.preference.check import read_training_rows
 from rag.preference.knowpo import KnowPOConfig, TrainingData, applied_requests, knowpo_data, sft_rows
 from rag.preference.memory import fitting_contexts, probe_memory
@@ -30,8 +29,10 @@ if TYPE_CHECKING:
 # other. The hierarchy's paper trains by SFT alone, trust tags are ours.
 _TAUGHT_FIRST = ("hierarchy", "trust")
 _HALVES = {"sft": 0.5, "dpo": 0.5}
-# Who admits to know nothing are strangers, who are few among the questions; else the other cells teach to answer at any rate.
-_ADMISSIONS = 3
+# Strangers' questions to one that memory holds the answer of. The hierarchy is taught what to say where no source speaks, or the
+# documents alone, by strangers only: few of them, asked again, are learnt by name.
+_STRANGERS: Mapping[str, float] = {"hierarchy": 0.75}
+_FEW_STRANGERS = 0.25
 _TAUGHT = ("id", "title", "split", "context", "grade", "prompt", "completion")
 METHODS = ("knowpo", "hierarchy", "notes", "dta", "context_dpo", "trust")
 
@@ -72,6 +73,7 @@ def question_items(
     limit: int | None = None,
     seed: int = 0,
     wording: str = "main",
+    method: str = "",
 ) -> Stage:
     """Items of the built-in world (``atlas`` or nothing) or of a file.
 
@@ -82,6 +84,7 @@ def question_items(
         limit: Items at most.
         seed: Of every draw.
         wording: See ``atlas_items``.
+        method: What is trained on them, of ``METHODS``: it settles how many strangers come along.
 
     Raises:
         ConfigError: There is no such split or wording.
@@ -99,7 +102,15 @@ def question_items(
         facts = tuple(
             fact for fact in facts if (share_of(0, f"held/{fact.subject}") < _HELD_SHARE) == (split == "held")
         )
-    return atlas_items(world, facts, seed=seed, limit=limit, wording=wording, asked=split in ("test", "held"))
+    return atlas_items(
+        world,
+        facts,
+        seed=seed,
+        strangers=_STRANGERS.get(method, _FEW_STRANGERS),
+        limit=limit,
+        wording=wording,
+        asked=split in ("test", "held"),
+    )
 
 
 def prepare(
@@ -168,10 +179,7 @@ def training_data(
     stages[method] = RECIPES[method](handle, data)
     if method not in _TAUGHT_FIRST:
         return TrainingData(None, stages[method].data, stages)
-    pool = stages[method]
-    if method == "hierarchy":
-        pool = stages["admissions"] = _with_admissions(pool, seed=seed)
-    made = records(pool.data)
+    made = records(stages[method].data)
     rows = [row | {"completion": row["chosen"]} for row in made if row["split"] == "sft"]
     if method == "trust":
         # Documents without a tag stay in, or the tag would be learnt as all that counts.
@@ -182,15 +190,6 @@ def training_data(
     pairs = [row for row in made if row["split"] != "sft"]
     stages["pairs"] = finish("pairs", len(made), pairs)
     return TrainingData(stages["sft"].data if rows else None, stages["pairs"].data if pairs else None, stages)
-
-
-def _with_admissions(stage: Stage, *, seed: int) -> Stage:
-    """The hierarchy's pairs with more of the cells where no source speaks, the others as common as they are beside each other."""
-    ratios = {
-        cell: count * (_ADMISSIONS if cell in ("c", "i") else 1)
-        for cell, count in stage.manifest["counts"]["cell"].items()
-    }
-    return balance(stage.data, ratios, key=("cell",), total=len(stage.data), repeat=_ADMISSIONS, seed=seed)
 
 
 def ready_data(
@@ -217,7 +216,7 @@ def ready_data(
         DataError: The file is of no known form, or a row cannot be trained on.
     """
     if source == "atlas" or not _is_ready(source):
-        items = question_items(source, split="dev", limit=limit, seed=seed)
+        items = question_items(source, split="dev", limit=limit, seed=seed, method=method)
         return training_data(handle, method, items, config=config, seed=seed)
     kind, rows = read_training_rows(source, handle.tokenizer, max_length=position_limit(handle))
     made = to_dataset(rows[:limit])

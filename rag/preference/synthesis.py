@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,7 @@ def trust_pairs(handle: ModelHandle, data: Dataset) -> Stage:
     return finish("trust", len(rows), made)
 
 
-def hierarchy_pairs(handle: ModelHandle, data: Dataset) -> Stage:
+def hierarchy_pairs(handle: ModelHandle, data: Dataset, *, beside: int = 1) -> Stage:
     """Instruction over context over memory (arXiv:2407.13048): the highest source that determines the answer gives it.
 
     The user's assumption is the instruction. The rejected answer is that of the next lower source that speaks, or where none
@@ -137,6 +138,7 @@ def hierarchy_pairs(handle: ModelHandle, data: Dataset) -> Stage:
     Args:
         handle: Gives the prompts.
         data: Contexts with memory; those that contradict are used.
+        beside: How many documents and assumptions on something else each question is asked beside, one at a time.
 
     Adds:
         ``cell``: which of I, C and P speak, lower case where a source speaks of something else.
@@ -145,7 +147,7 @@ def hierarchy_pairs(handle: ModelHandle, data: Dataset) -> Stage:
     conflicts = [row for row in rows if row["context"] == "conflict" and row["cloze"]]
     made = []
     for place, row in enumerate(conflicts):
-        other = conflicts[(place + 1) % len(conflicts)]
+        others = [conflicts[(place + step) % len(conflicts)] for step in range(1, beside + 1)]
         known, told = row["prior_known"], row["counterfactual"]
         # The third value: the user's own, of the same relation, none of the other two.
         barred = [told, *row["answers"], *row["memory"], row["prior"]]
@@ -157,26 +159,29 @@ def hierarchy_pairs(handle: ModelHandle, data: Dataset) -> Stage:
             ),
             None,
         )
-        if third is None or other["title"] == row["title"]:
+        if third is None or others[0]["title"] == row["title"]:
             continue
-        mine, its = row["counterfactual_passage"], other["passage"]
-        claim, beside = f"{row['cloze']} {third}", f"{other['cloze']} {other['answers'][0]}"
+        mine, claim = row["counterfactual_passage"], f"{row['cloze']} {third}"
         unknown, memory = prompts.unknown, row["prior"]
         lower = memory if known else unknown
         table: list[tuple[str, str | None, Sequence[str], str, str]] = [
             ("I,C,P" if known else "I,C", claim, [mine], third, told),
             ("I,P" if known else "I", claim, [], third, lower),
             ("C,P" if known else "C", None, [mine], told, lower),
-            ("P,i" if known else "i", beside, [], lower, other["answers"][0]),
-            ("P,c" if known else "c", None, [its], lower, other["answers"][0]),
         ]
+        for other in others:
+            if other["title"] == row["title"]:
+                continue
+            its, about = other["answers"][0], f"{other['cloze']} {other['answers'][0]}"
+            table.append(("P,i" if known else "i", about, [], lower, its))
+            table.append(("P,c" if known else "c", None, [other["passage"]], lower, its))
         if known:
             table.append(("P", None, [], memory, unknown))
         for cell, assumption, documents, chosen, rejected in table:
             if not same(chosen, rejected):
                 prompt = assumed(prompts, row["question"], documents, assumption)
                 made.append(_pair(prompts, row, prompt, chosen, rejected, cell=cell))
-    return finish("hierarchy", len(rows), made)
+    return finish("hierarchy", len(rows), made, beside=beside)
 
 
 def assumed(prompts: Prompts, question: str, documents: Sequence[str], assumption: str | None) -> str:
@@ -279,9 +284,11 @@ def _written(prompts: Prompts, notes: Sequence[tuple[str, str, str, str]], answe
 
 
 PairRecipe = Callable[["ModelHandle", Dataset], Stage]
+# What belongs to another question is what memory is mistaken for most often.
+_TAUGHT_BESIDE = 2
 RECIPES: Mapping[str, PairRecipe] = {
     "context_dpo": context_dpo_pairs,
     "dta": dta_pairs,
     "trust": trust_pairs,
-    "hierarchy": hierarchy_pairs,
+    "hierarchy": partial(hierarchy_pairs, beside=_TAUGHT_BESIDE),
 }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from lab.eval.stats import NOTHING
@@ -176,21 +178,23 @@ def test_every_method_makes_data_that_can_be_trained_on(shipped_atlas):
     assert trust[0]["chosen_answer"] == trust[1]["rejected_answer"]
     cells = {row["cell"] for row in records(synthesis.hierarchy_pairs(handle, data).data)}
     assert {"I,C,P", "I,P", "C,P", "P", "P,i", "P,c"} <= cells
+    asked, taught = (
+        Counter(row["cell"] for row in records(make(handle, data).data))
+        for make in (synthesis.hierarchy_pairs, synthesis.RECIPES["hierarchy"])
+    )
+    # Each question is taught beside two others' documents and assumptions, and asked beside one.
+    for cell, count in asked.items():
+        assert taught[cell] == pytest.approx(count * (2 if "i" in cell or "c" in cell else 1), abs=2), cell
     for name in ("trust", "hierarchy"):
-        made = training_data(handle, name, question_items("atlas", limit=24), config=KnowPOConfig(samples=0))
+        items = question_items("atlas", limit=24, method=name)
+        strangers = sum(not row["memory"] for row in records(items.data))
+        assert strangers == (18 if name == "hierarchy" else 6)
+        made = training_data(handle, name, items, config=KnowPOConfig(samples=0))
         taught, preferred = records(made.sft), records(made.pairs)
         assert taught and preferred
         assert {row["title"] for row in taught}.isdisjoint(row["title"] for row in preferred), name
         assert check_rows(taught, handle.tokenizer, SFT_FIELDS, max_length=1024) < 1024
         tagged = [any(f"({level})" in row["prompt"] for level in synthesis.TRUST_LEVELS) for row in taught]
-        if name == "hierarchy":
-            # Cells where no source speaks are few among the questions, and three times as often among what is taught.
-            before, after = (
-                made.stages[stage].manifest["counts"]["cell"] for stage in ("hierarchy", "admissions")
-            )
-            assert sum(after.values()) <= sum(before.values())
-            for cell in ("c", "i"):
-                assert after[cell] / after["C,P"] == pytest.approx(3 * before[cell] / before["C,P"], rel=0.4)
         # Trust is taught beside documents without a tag.
         assert not (name == "trust" and (all(tagged) or not any(tagged)))
     notes = records(synthesis.note_rows(handle, data).data)
