@@ -217,32 +217,26 @@ class _Run:
 
     def train(self, name: str, rows: list[Record], length: int) -> tuple[WeightPatch, Curve]:
         """One step, over what is applied now."""
-        step = _Step(
-            self.handle, name, rows, length, self.config, self.place, self.seed, self.keep, self.progress
-        )
-        return step.train(self.method)
+        return _Step(self, name, rows, length).train()
 
 
 @dataclass(frozen=True)
 class _Step:
-    handle: ModelHandle
+    """One step of a run."""
+
+    run: _Run
     name: str
     rows: list[Record]
     length: int
-    config: TrainConfig
-    place: Path
-    seed: int
-    keep: bool
-    progress: Report | None
 
-    def train(self, method: str) -> tuple[WeightPatch, Curve]:
-        done = self.place / f"{self.name}-done"
+    def train(self) -> tuple[WeightPatch, Curve]:
+        done = self.run.place / f"{self.name}-done"
         if (done / "patch.json").is_file():
             patch = WeightPatch.load(done)
             return patch, patch.provenance.extra["curve"]
         from peft import LoraConfig
 
-        config, made = self.config, []
+        config, made = self.run.config, []
         targets = config.targets if isinstance(config.targets, str) else list(config.targets)
         lora = LoraConfig(
             r=config.rank,
@@ -258,13 +252,13 @@ class _Step:
             return made[0]
 
         patch = fit(
-            self.handle,
+            self.run.handle,
             make,
             lora=lora,
-            method=f"{method}-{self.name}",
+            method=f"{self.run.method}-{self.name}",
             config=_settings(config),
-            seed=self.seed,
-            resume=last_checkpoint(self.place / self.name),
+            seed=self.run.seed,
+            resume=last_checkpoint(self.run.place / self.name),
         )
         curve = [
             {key: float(value) for key, value in entry.items() if isinstance(value, (int, float))}
@@ -273,45 +267,45 @@ class _Step:
         ]
         note = replace(patch.provenance, extra={**patch.provenance.extra, "curve": curve})
         patch = replace(patch, provenance=note)
-        if self.keep:
+        if self.run.keep:
             patch.save(done, overwrite=True)
         return patch, curve
 
     def trainer(self, model: Any) -> Any:
         """The trainer of this step for a model with a fresh adapter."""
-        arguments = self.arguments()
+        arguments, handle, config = self.arguments(), self.run.handle, self.run.config
         if self.name == "sft":
             from trl.trainer.sft_config import SFTConfig
             from trl.trainer.sft_trainer import SFTTrainer
 
             settings: dict[str, Any] = {
-                "learning_rate": self.config.sft_lr,
-                "num_train_epochs": self.config.sft_epochs,
+                "learning_rate": config.sft_lr,
+                "num_train_epochs": config.sft_epochs,
             }
             trainer: Any = SFTTrainer(
                 model=model,
                 args=SFTConfig(**arguments, **settings, completion_only_loss=True),
                 train_dataset=to_dataset(self.rows),
-                processing_class=self.handle.tokenizer,
+                processing_class=handle.tokenizer,
             )
         else:
-            trainer = preference_trainer(self.handle, model, self.rows, self.config, arguments)
+            trainer = preference_trainer(handle, model, self.rows, config, arguments)
         check_kept(trainer, len(self.rows) * (2 if self._unpaired() else 1))
         from transformers import PrinterCallback
 
         # Without its bar the trainer prints every logged step to standard output, which may be a JSON document.
         trainer.remove_callback(PrinterCallback)
-        if self.progress is not None:
-            trainer.add_callback(_telling(self.name, self.progress))
+        if self.run.progress is not None:
+            trainer.add_callback(_telling(self.name, self.run.progress))
         return trainer
 
     def _unpaired(self) -> bool:
-        return self.name == "dpo" and self.config.objective == "kto"
+        return self.name == "dpo" and self.run.config.objective == "kto"
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of TRL's config, but for the rates."""
-        config = self.config
-        arguments = training_defaults(self.handle, self.place / self.name, seed=self.seed) | {
+        run, config = self.run, self.run.config
+        arguments = training_defaults(run.handle, run.place / self.name, seed=run.seed) | {
             "per_device_train_batch_size": config.batch_size,
             "gradient_accumulation_steps": config.accumulation,
             "gradient_checkpointing": config.gradient_checkpointing,
@@ -321,7 +315,7 @@ class _Step:
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.1,
         }
-        if self.keep:
+        if run.keep:
             saving = {"save_strategy": "steps", "save_steps": config.save_steps, "save_total_limit": 2}
             arguments |= saving
         return arguments
