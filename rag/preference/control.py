@@ -45,8 +45,7 @@ def equal_token_sft(
     once = first + trained_tokens(tokenizer, preferred, ("completion",))
     wanted = first * config.sft_epochs + second * config.dpo_epochs
     epochs = wanted / once if once else config.sft_epochs
-    came = len(rows) + (len(pairs) if chosen else 0)
-    made = finish("equal_tokens", came, mixed, tokens=round(wanted), epochs=epochs, chosen=chosen)
+    made = finish("equal_tokens", len(mixed), mixed, tokens=round(wanted), epochs=epochs, chosen=chosen)
     return TrainingData(made.data, None, {**data.stages, "equal_tokens": made}), replace(
         config, sft_epochs=epochs
     )
