@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -430,6 +430,7 @@ class ModelHandle:
         top_k: int | None = None,
         seed: int = 0,
         batch_size: int = 32,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Continues prompts.
 
@@ -441,6 +442,7 @@ class ModelHandle:
             top_k: Samples among the k likeliest tokens.
             seed: Seeds the sampling; the global generator is left as it was.
             batch_size: Rows per forward pass.
+            progress: Called with what is done and its total after every pass.
 
         Returns:
             Continuations only, in the order of ``prompts``.
@@ -457,6 +459,8 @@ class ModelHandle:
                 )
                 for index, text in zip(chosen, continuations, strict=True):
                     texts[index] = text
+                if progress:
+                    progress(begin + len(chosen), len(order))
         return texts
 
     def _generate(

@@ -223,7 +223,6 @@ def train(
     settings = KnowPOConfig(
         samples=samples, draws=draws, reader=reader, total=total, rewrite=rewrite, balanced=balance
     )
-    ready = ready_data(handle, method.value, data, config=settings, limit=limit, seed=seed)
     config = train_config(
         handle,
         method.value,
@@ -238,6 +237,9 @@ def train(
         max_steps=max_steps,
     )
     with progress() as advance:
+        ready = ready_data(
+            handle, method.value, data, config=settings, limit=limit, seed=seed, progress=advance
+        )
         trained = train_preference(
             handle, ready, config, method=method.value, work=work, seed=seed, progress=advance
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,9 +17,9 @@ from lab.records import Passage
 from rag.preference.control import equal_token_sft
 from rag.preference.edited import edit_metrics, edit_rows
 from rag.preference.knowpo import KnowPOConfig, TrainingData, knowpo_pairs
-from rag.preference.prepare import DIFFICULTIES, prepare, question_items, training_data
+from rag.preference.prepare import DIFFICULTIES, prepare, question_items, recipe_settings, training_data
 from rag.preference.presets import CONTROLS, train_config
-from rag.preference.stage import Dataset, Record, Stage, records
+from rag.preference.stage import Dataset, Record, Report, Stage, records
 from rag.preference.suites import flip_rate, hierarchy_cells, observe, preference_metrics
 from rag.preference.tagged import hierarchy_rows, trust_rows
 
@@ -32,7 +32,6 @@ SUITES = ("trust", "hierarchy", "edits")
 # What is asked are other titles: nothing is set aside of the questions trained on.
 _BOTH: Mapping[str, float] = {"sft": 0.4, "dpo": 0.6}
 Row = Mapping[str, Any]
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -167,6 +166,7 @@ def cell_name(
         "way": asdict(WAYS[way]),
         "seed": seed,
         "data": content(bench.data),
+        "asked": asdict(DIFFICULTIES[bench.difficulty]),
         **{name: getattr(bench, name) for name in ("split", "difficulty", "suites", "limit", "latency")},
     }
     if given is not None:
@@ -176,6 +176,7 @@ def cell_name(
             "train": content(bench.train_data),
             "train_limit": bench.train_limit,
             "data_config": data_config(way, bench).to_json(),
+            "recipe": recipe_settings(WAYS[way].training),
             "config": asdict(train_config(handle, WAYS[way].training, **training)),
         }
     text = json.dumps(told, sort_keys=True, default=str)
@@ -203,7 +204,7 @@ class PreferenceWorkshop:
         handle: The model, with its patches.
         bench: What is asked and trained on.
         training: Settings of training that replace the preset's; see ``train_config``.
-        progress: Told about every update of a training.
+        progress: Told what the model is asked, and about every update of a training.
     """
 
     def __init__(
@@ -254,7 +255,7 @@ class PreferenceWorkshop:
             items = question_items(
                 bench.data, split=bench.split, limit=bench.limit, seed=seed, wording=hard.wording
             )
-            made = prepare(self.handle, items, seed=seed, **hard.contexts())
+            made = prepare(self.handle, items, seed=seed, progress=self.progress, **hard.contexts())
             self._contexts[seed] = made["contexts"].data
         return self._contexts[seed]
 
@@ -285,7 +286,12 @@ class PreferenceWorkshop:
                 first = None
         else:
             data = training_data(
-                self.handle, method, self._items(seed, method), config=data_config(way, self.bench), seed=seed
+                self.handle,
+                method,
+                self._items(seed, method),
+                config=data_config(way, self.bench),
+                seed=seed,
+                progress=self.progress,
             )
         trained = train_preference(
             self.handle, data, training, method=way, seed=seed, progress=self.progress, first=first
@@ -310,7 +316,9 @@ class PreferenceWorkshop:
         shared = (seed, config.reader)
         if shared not in self._begun:
             training = train_config(self.handle, "knowpo", **self.training)
-            data = training_data(self.handle, "knowpo", self._items(seed), config=config, seed=seed)
+            data = training_data(
+                self.handle, "knowpo", self._items(seed), config=config, seed=seed, progress=self.progress
+            )
             rows = replace(data, pairs=None, then=None)
             first = train_preference(
                 self.handle, rows, training, method="knowpo", seed=seed, progress=self.progress

@@ -22,7 +22,7 @@ from rag.preference.pairs import (
 )
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import with_edits
-from rag.preference.stage import Dataset, Stage, draw_for, finish, records
+from rag.preference.stage import Dataset, Report, Stage, draw_for, finish, records
 from rag.prompts import prompts_for
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def knowpo_data(
     config: KnowPOConfig | None = None,
     *,
     seed: int = 0,
+    progress: Report | None = None,
 ) -> TrainingData:
     """All stages: edits, split, memory, draws, counterfactuals, contexts; SFT rows, thinned; reading, pairs, rewriting, balance.
 
@@ -141,6 +142,7 @@ def knowpo_data(
         items: Items of any source.
         config: Settings.
         seed: Of every draw.
+        progress: Told what memory and readings are asked for.
     """
     config = config or KnowPOConfig()
     stages = {"items": items}
@@ -160,6 +162,7 @@ def knowpo_data(
             temperature=config.temperature,
             delta=config.delta,
             seed=seed,
+            progress=progress,
         ),
     )
     if config.draws != 1:
@@ -171,14 +174,19 @@ def knowpo_data(
     )
     data = add("fitting", fitting_contexts(handle, data))
     # Nothing is rejected here; a reader with notes is asked for them all the same.
-    shown = add("shown", read_contexts(handle, _only(data, "sft"), skip=("sft",), reader=config.reader))
+    shown = add(
+        "shown",
+        read_contexts(handle, _only(data, "sft"), skip=("sft",), reader=config.reader, progress=progress),
+    )
     taught = add("sft", sft_rows(handle, shown, config.frame))
     if config.at_most:
         taught = add("thinned", thinned(taught, config.at_most, seed=seed))
     made = TrainingData(taught, None, stages)
     if not config.after_first:
-        return knowpo_pairs(handle, made, config, seed=seed)
-    return replace(made, then=lambda trained: knowpo_pairs(trained, made, config, seed=seed))
+        return knowpo_pairs(handle, made, config, seed=seed, progress=progress)
+    return replace(
+        made, then=lambda trained: knowpo_pairs(trained, made, config, seed=seed, progress=progress)
+    )
 
 
 # What comes after it differs between KnowPO and its ablations.
@@ -186,7 +194,12 @@ _BEFORE_WORDING = "pairs"
 
 
 def knowpo_pairs(
-    handle: ModelHandle, data: TrainingData, config: KnowPOConfig, *, seed: int = 0
+    handle: ModelHandle,
+    data: TrainingData,
+    config: KnowPOConfig,
+    *,
+    seed: int = 0,
+    progress: Report | None = None,
 ) -> TrainingData:
     """The data with pairs: the model's answers to the contexts, what is wrong about them, rewriting, balance.
 
@@ -196,6 +209,7 @@ def knowpo_pairs(
             worded and balanced anew.
         config: Settings.
         seed: Of every draw.
+        progress: Told what readings are asked for.
     """
     names = list(data.stages)
     if done := _BEFORE_WORDING in names:
@@ -208,7 +222,7 @@ def knowpo_pairs(
 
     if not done:
         asked = _only(stages["fitting"].data, "dpo")
-        read = add("reading", read_contexts(handle, asked, reader=config.reader))
+        read = add("reading", read_contexts(handle, asked, reader=config.reader, progress=progress))
         add(_BEFORE_WORDING, pairs(handle, read, seed=seed))
     made = stages[_BEFORE_WORDING].data
     made = add("rewrite", word_pairs(handle, made, frame=config.frame, rewrite=config.rewrite))

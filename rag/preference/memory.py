@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lab.data.text import normalize_answer
@@ -10,7 +11,7 @@ from lab.records import Passage
 from lab.tokens import encode_ids
 from rag.decoding.contrast import position_limit
 from rag.preference.match import says
-from rag.preference.stage import Dataset, Stage, finish, records
+from rag.preference.stage import Dataset, Report, Stage, finish, records
 from rag.prompts import prompts_for
 
 if TYPE_CHECKING:
@@ -26,12 +27,21 @@ def probe_memory(
     delta: float = 1.0,
     seed: int = 0,
     max_new_tokens: int = 24,
+    progress: Report | None = None,
 ) -> Stage:
     """Asks every question without documents, greedily and by sampling.
 
     A question counts as known when at least ``delta`` of all answers are right by the item's ``memory`` (Divide-Then-Align,
     arXiv:2505.20871, takes all of them). Where nobody wrote down what is right, answers that agree with each other to that
     degree count; where an item's answer cannot be remembered by anybody (``answers`` without ``memory``), it is never known.
+
+    Args:
+        handle: The model.
+        data: Items.
+        samples, temperature, seed: Of the sampled answers, this many a question.
+        delta: See above.
+        max_new_tokens: Of an answer.
+        progress: Told about every pass.
 
     Adds:
         ``prior`` (the greedy answer), ``prior_raw`` (as generated), ``prior_correct`` and ``prior_unknown`` (shares),
@@ -40,7 +50,9 @@ def probe_memory(
     prompts = prompts_for(handle)
     rows = records(data)
     asked = [prompts.closed(row["question"]) for row in rows]
-    greedy = handle.generate(asked, max_new_tokens=max_new_tokens, stop=prompts.stop)
+    greedy = handle.generate(
+        asked, max_new_tokens=max_new_tokens, stop=prompts.stop, progress=_after(0, samples, progress)
+    )
     drawn = (
         handle.generate(
             [prompt for prompt in asked for _ in range(samples)],
@@ -48,6 +60,7 @@ def probe_memory(
             stop=prompts.stop,
             temperature=temperature,
             seed=seed,
+            progress=_after(1, samples, progress),
         )
         if samples
         else []
@@ -80,6 +93,19 @@ def probe_memory(
         state=handle.state,
         known=sum(row["prior_known"] for row in rows),
     )
+
+
+def _after(asked: int, samples: int, progress: Report | None) -> Callable[[int, int], None] | None:
+    """Counts passes after ``asked`` answers a question of ``samples`` and one."""
+    if progress is None:
+        return None
+    told = progress
+
+    def advance(done: int, total: int) -> None:
+        every = total // (samples if asked else 1)
+        told("memory", asked * every + done, every * (1 + samples))
+
+    return advance
 
 
 def fitting_contexts(handle: ModelHandle, data: Dataset, *, room: int = 32) -> Stage:

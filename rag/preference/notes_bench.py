@@ -6,7 +6,7 @@ for the answer alone, and what counts is the gain where documents are noise and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from rag.preference.control import trained_tokens
 from rag.preference.knowpo import TrainingData
 from rag.preference.pairs import read_contexts
 from rag.preference.prepare import prepare, question_items
-from rag.preference.stage import Stage, digest, finish, records
+from rag.preference.stage import Report, Stage, digest, finish, records
 from rag.preference.synthesis import note_rows
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lab.handle import ModelHandle
     from lab.patch import WeightPatch
 
-Report = Callable[[str, int, int], None]
 Row = Mapping[str, Any]
 
 READERS = ("direct", "con_unchecked", "con")

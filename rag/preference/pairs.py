@@ -18,14 +18,17 @@ from lab.records import Passage
 from lab.tokens import encode_ids
 from rag.notes import one_line
 from rag.preference.match import find_spans, same, same_as_any, says
-from rag.preference.stage import Dataset, Record, Stage, draw_for, finish, records, share_of
+from rag.preference.stage import Dataset, Record, Report, Stage, draw_for, finish, records, share_of
 from rag.prompts import Prompts, prompts_for
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
+    from rag.readers.base import Reading
 
 # Words; a whole sentence copied from a document is no answer.
 _LONGEST_ANSWER = 12
+# Contexts; enough that those of a pass are about equally long, few enough that a long reading shows how far it is.
+_READ_AT_ONCE = 256
 ERRORS = ("ignorance", "overinclusion_mixed", "overinclusion_known", "overinclusion_unknown")
 DEFAULT_SHARES: Mapping[str, float] = {"sft": 0.35, "dpo": 0.5, "dev": 0.15}
 
@@ -88,7 +91,12 @@ def split_by_title(data: Dataset, shares: Mapping[str, float] = DEFAULT_SHARES, 
 
 
 def read_contexts(
-    handle: ModelHandle, data: Dataset, *, skip: Sequence[str] = (), reader: str = "direct"
+    handle: ModelHandle,
+    data: Dataset,
+    *,
+    skip: Sequence[str] = (),
+    reader: str = "direct",
+    progress: Report | None = None,
 ) -> Stage:
     """Lets the model answer every context: where its on-policy mistakes come from.
 
@@ -100,6 +108,7 @@ def read_contexts(
         skip: Splits whose contexts are not answered, as nothing is rejected there. Of other readers than the direct one all are, as
             only its prompts are known without asking.
         reader: The reader's name.
+        progress: Told about every part of the contexts.
 
     Adds:
         ``prompt``, ``lead`` (what the reader lets the model write before the answer: notes), ``read`` (the answer; empty where
@@ -114,7 +123,11 @@ def read_contexts(
     for row, (question, passages) in zip(rows, items, strict=True):
         row |= {"prompt": prompts.direct(question, passages), "lead": "", "read": "", "read_raw": ""}
     asked = [place for place, row in enumerate(rows) if reader != "direct" or row["split"] not in skip]
-    readings = asker.read_many([items[place] for place in asked]) if asked else []
+    readings: list[Reading] = []
+    for begin in range(0, len(asked), _READ_AT_ONCE):
+        readings += asker.read_many([items[place] for place in asked[begin : begin + _READ_AT_ONCE]])
+        if progress:
+            progress("reading", len(readings), len(asked))
     for place, reading in zip(asked, readings, strict=True):
         raw = f" {reading.answer}" if asker.takes_notes else reading.raw
         rows[place] |= {

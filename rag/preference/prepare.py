@@ -16,7 +16,7 @@ from rag.preference.memory import fitting_contexts, probe_memory
 from rag.preference.pairs import read_contexts, split_by_title
 from rag.preference.passages import contexts, counterfactuals
 from rag.preference.sources import atlas_items, read_items, with_edits
-from rag.preference.stage import Stage, finish, records, share_of, to_dataset
+from rag.preference.stage import Report, Stage, finish, records, share_of, to_dataset
 from rag.preference.suites import abstention, cells, flip_rate, observe, preference_metrics
 from rag.preference.synthesis import RECIPES, note_rows
 from rag.preference.tagged import trust_rows, twin_rows
@@ -113,6 +113,15 @@ def question_items(
     )
 
 
+def recipe_settings(method: str) -> dict[str, Any]:
+    """What is settled by a method of ``METHODS`` itself and decides its rows: strangers, splits, keywords of its recipe."""
+    return {
+        "strangers": _STRANGERS.get(method, _FEW_STRANGERS),
+        "shares": _HALVES if method in _TAUGHT_FIRST else None,
+        **getattr(RECIPES.get(method), "keywords", {}),
+    }
+
+
 def prepare(
     handle: ModelHandle,
     items: Stage,
@@ -124,12 +133,15 @@ def prepare(
     shares: Mapping[str, float] | None = None,
     read: bool = False,
     seed: int = 0,
+    progress: Report | None = None,
 ) -> dict[str, Stage]:
-    """The stages up to contexts (and the model's reading of them), by name and in order."""
+    """The stages up to contexts (and the model's reading of them), by name and in order; ``progress`` is told what is asked."""
     stages = {"items": items}
     stages["edits"] = with_edits(items.data, applied_requests(handle))
     stages["split"] = split_by_title(stages["edits"].data, shares or {"all": 1.0}, seed=seed)
-    stages["memory"] = probe_memory(handle, stages["split"].data, samples=samples, seed=seed)
+    stages["memory"] = probe_memory(
+        handle, stages["split"].data, samples=samples, seed=seed, progress=progress
+    )
     stages["counterfactuals"] = counterfactuals(stages["memory"].data, seed=seed)
     stages["contexts"] = contexts(
         stages["counterfactuals"].data, documents=documents, hard=hard, most_hard=most_hard, seed=seed
@@ -137,7 +149,7 @@ def prepare(
     made = stages.pop("contexts")
     stages["graded"], stages["contexts"] = made, fitting_contexts(handle, made.data)
     if read:
-        stages["reading"] = read_contexts(handle, stages["contexts"].data)
+        stages["reading"] = read_contexts(handle, stages["contexts"].data, progress=progress)
     return stages
 
 
@@ -148,8 +160,9 @@ def training_data(
     *,
     config: KnowPOConfig | None = None,
     seed: int = 0,
+    progress: Report | None = None,
 ) -> TrainingData:
-    """The data of one method of ``METHODS``.
+    """The data of one method of ``METHODS``; ``progress`` is told what the model is asked.
 
     Raises:
         ConfigError: There is no such method.
@@ -158,7 +171,7 @@ def training_data(
         raise ConfigError(f"unknown training {method!r}; use {', '.join(METHODS)}")
     config = config or KnowPOConfig()
     if method == "knowpo":
-        return knowpo_data(handle, items, config, seed=seed)
+        return knowpo_data(handle, items, config, seed=seed, progress=progress)
     stages = prepare(
         handle,
         items,
@@ -168,10 +181,11 @@ def training_data(
         samples=config.samples,
         shares=_HALVES if method in _TAUGHT_FIRST else None,
         seed=seed,
+        progress=progress,
     )
     # Only quadrants reject what the model reads; the others need the prompts alone.
     skip = () if method == "dta" else ("all",)
-    stages["reading"] = read_contexts(handle, stages["contexts"].data, skip=skip)
+    stages["reading"] = read_contexts(handle, stages["contexts"].data, skip=skip, progress=progress)
     data = stages["reading"].data
     if method == "notes":
         stages["notes"] = note_rows(handle, data)
@@ -200,6 +214,7 @@ def ready_data(
     config: KnowPOConfig | None = None,
     limit: int | None = None,
     seed: int = 0,
+    progress: Report | None = None,
 ) -> TrainingData:
     """What one method trains on: made of questions, or a file's own rows where they are ready to train on.
 
@@ -210,6 +225,7 @@ def ready_data(
         config: Settings of the data.
         limit: Questions, or rows, at most.
         seed: Of every draw.
+        progress: Told what the model is asked.
 
     Raises:
         ConfigError: There is no such method.
@@ -217,7 +233,7 @@ def ready_data(
     """
     if source == "atlas" or not _is_ready(source):
         items = question_items(source, split="dev", limit=limit, seed=seed, method=method)
-        return training_data(handle, method, items, config=config, seed=seed)
+        return training_data(handle, method, items, config=config, seed=seed, progress=progress)
     kind, rows = read_training_rows(source, handle.tokenizer, max_length=position_limit(handle))
     made = to_dataset(rows[:limit])
     return TrainingData(made if kind == "sft" else None, made if kind == "pairs" else None, {})

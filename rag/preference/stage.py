@@ -7,7 +7,7 @@ import importlib
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +18,8 @@ from lab.records import write_text_atomically
 # A Hugging Face data set. Type checkers take the folder `datasets/` for the package and find no such class in it.
 Dataset: TypeAlias = Any
 Record = dict[str, Any]
+# Told a phase, what is done of it, and its total.
+Report: TypeAlias = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ then not ln 2), rows that are left out or cut without a word, half precision and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,13 +22,12 @@ from rag.decoding.contrast import position_limit
 from rag.preference.check import PAIR_FIELDS, SFT_FIELDS, check_rows
 from rag.preference.knowpo import TrainingData
 from rag.preference.objectives import OBJECTIVES, check_kept, preference_trainer, reference_guard
-from rag.preference.stage import Dataset, Record, digest, records, to_dataset
+from rag.preference.stage import Dataset, Record, Report, digest, records, to_dataset
 
 if TYPE_CHECKING:
     from lab.handle import ModelHandle
 
 Curve = list[dict[str, float]]
-Report = Callable[[str, int, int], None]
 __all__ = [
     "TrainConfig",
     "Trained",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +18,10 @@ from rag.preference.bench import PreferenceBench
 from rag.preference.edited import edit_metrics, edit_rows, edited_facts
 from rag.preference.memory import fitting_contexts
 from rag.preference.passages import contexts
-from rag.preference.prepare import question_items
+from rag.preference.prepare import DIFFICULTIES, question_items
 from rag.preference.presets import CONTROLS, train_config
 from rag.preference.stage import finish, records
+from rag.preference.synthesis import RECIPES, hierarchy_pairs
 from tests.rag.test_preference_suites import row
 from tests.tiny import tiny_handle
 
@@ -191,3 +194,28 @@ def test_a_finished_run_is_not_taken_for_one_of_other_data(monkeypatch):
     assert (base, direct) == tuple(before[:2]) and after_notes != before[2]
     others = names(PreferenceBench(limit=4, draws=2))
     assert others[0] == base and others[1] != direct
+
+
+def test_a_finished_run_is_not_taken_for_one_of_another_recipe(monkeypatch):
+    from rag.preference import prepare
+    from rag.preference.bench import cell_name
+
+    handle, bench = tiny_handle(), PreferenceBench(limit=4)
+
+    def names() -> dict[str, str]:
+        return {way: cell_name(handle, way, bench, {}, 0) for way in ("base", "trust", "hierarchy", "dta")}
+
+    def changed(before: dict[str, str]) -> list[str]:
+        return [way for way, name in names().items() if name != before[way]]
+
+    before = names()
+    monkeypatch.setattr(prepare, "_STRANGERS", {"hierarchy": 0.5})
+    assert changed(before) == ["hierarchy"]
+    before = names()
+    monkeypatch.setattr(prepare, "RECIPES", {**RECIPES, "hierarchy": partial(hierarchy_pairs, beside=3)})
+    assert changed(before) == ["hierarchy"]
+    before = names()
+    monkeypatch.setattr(
+        "rag.preference.bench.DIFFICULTIES", {"plain": replace(DIFFICULTIES["plain"], most_hard=1)}
+    )
+    assert changed(before) == list(before)

@@ -23,9 +23,12 @@ def test_the_whole_way_with_a_model_that_knows_the_world(shipped_atlas, tmp_path
     world, handle = load_world(), ModelHandle.load("atlas")
     stage = atlas_items(world, world.split("dev"), seed=0, limit=24)
     config = KnowPOConfig(samples=0, balanced=False, shares={"sft": 0.3, "dpo": 0.7})
-    begun = knowpo_data(handle, stage, config, seed=0)
+    told: list[tuple[str, int, int]] = []
+    begun = knowpo_data(handle, stage, config, seed=0, progress=lambda *each: told.append(each))
+    assert [phase for phase, done, total in told if done == total] == ["memory"]
     assert begun.sft is not None and begun.pairs is None and begun.then is not None
     data = begun.then(handle)
+    assert told[-1] == ("reading", told[-1][2], len(data.stages["reading"].data))
     data.save(tmp_path)
     manifest = json.loads((tmp_path / "03-memory.manifest.json").read_text(encoding="utf-8"))
     assert manifest["settings"]["known"] >= 20
@@ -87,7 +90,7 @@ def test_rows_that_tell_little_are_thinned_to_their_part():
     assert records(thinned(finish("x", len(plain), plain).data, AT_MOST).data) == plain
 
 
-def test_answers_after_notes_are_trained_where_the_reader_gives_them(shipped_atlas):
+def test_answers_after_notes_are_trained_where_the_reader_gives_them(shipped_atlas, monkeypatch):
     from lab.atlas.world import load_world
     from lab.handle import ModelHandle
     from lab.records import Passage
@@ -131,4 +134,6 @@ def test_answers_after_notes_are_trained_where_the_reader_gives_them(shipped_atl
     assert any(leads[row["prompt"]] for row in asked)
     assert all(row["completion"].startswith(leads[row["prompt"]]) for row in asked)
     plain = read_contexts(handle, data.stages["fitting"].data)
+    monkeypatch.setattr("rag.preference.pairs._READ_AT_ONCE", 7)
+    assert records(read_contexts(handle, data.stages["fitting"].data).data) == records(plain.data)
     assert len(plain.data) == len(before)
