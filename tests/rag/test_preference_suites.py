@@ -208,3 +208,38 @@ def test_every_method_makes_data_that_can_be_trained_on(shipped_atlas):
     assert found["metrics"]["flip_rate"]["n"] == len(found["trust_rows"]) / 3 > 0
     assert {"admitted", "over_abstained", "twins_right"} <= set(found["metrics"])
     assert sum(cell["n"] for cell in found["cells"].values()) == found["n"] == len(found["rows"])
+
+
+def test_users_assume_other_values_of_everybody():
+    from rag.preference.stage import finish, records
+    from rag.preference.synthesis import hierarchy_pairs
+    from tests.tiny import tiny_handle
+
+    asked = [
+        {
+            "id": f"city/{name}",
+            "title": name,
+            "question": f"Where was {name} born?",
+            "cloze": f"{name} was born in",
+            "answer_type": "city",
+            "answers": [f"Town {at}"],
+            "memory": [f"Town {at}"],
+            "prior": f"Town {at}",
+            "prior_known": True,
+            "counterfactual": f"Town {(at + 1) % 20}",
+            "counterfactual_passage": f"{name} was born in Town {(at + 1) % 20}.",
+            "passage": f"{name} was born in Town {at}.",
+            "split": "sft",
+            "context": "conflict",
+            "grade": "easy",
+        }
+        for at, name in enumerate(f"Person {letter}" for letter in "abcdefghijklmnopqrst")
+    ]
+    handle = tiny_handle()
+    made = records(hierarchy_pairs(handle, finish("contexts", 20, asked).data).data)
+    assumed = {row["id"]: row["chosen_answer"] for row in made if row["cell"] == "I,P"}
+    assert assumed == {row["id"]: row["chosen_answer"] for row in made if row["cell"] == "I,C,P"}
+    # One value for all would be learnt by itself, and not as what is assumed.
+    assert len(assumed) == 20 and len(set(assumed.values())) >= 10
+    for row in asked:
+        assert assumed[row["id"]] not in (row["prior"], row["counterfactual"])
