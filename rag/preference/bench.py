@@ -167,7 +167,7 @@ def cell_name(
         "seed": seed,
         "data": content(bench.data),
         "asked": asdict(DIFFICULTIES[bench.difficulty]),
-        **{name: getattr(bench, name) for name in ("split", "difficulty", "suites", "limit", "latency")},
+        **{name: getattr(bench, name) for name in ("split", "suites", "limit", "latency")},
     }
     if given is not None:
         told["adapter"] = [content(str(file)) for file in sorted(Path(given).glob("*.*")) if file.is_file()]

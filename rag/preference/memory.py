@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lab.data.text import normalize_answer
@@ -50,8 +49,12 @@ def probe_memory(
     prompts = prompts_for(handle)
     rows = records(data)
     asked = [prompts.closed(row["question"]) for row in rows]
+    tell, total = progress or (lambda *_: None), len(asked) * (1 + samples)
     greedy = handle.generate(
-        asked, max_new_tokens=max_new_tokens, stop=prompts.stop, progress=_after(0, samples, progress)
+        asked,
+        max_new_tokens=max_new_tokens,
+        stop=prompts.stop,
+        progress=lambda done, _: tell("memory", done, total),
     )
     drawn = (
         handle.generate(
@@ -60,7 +63,7 @@ def probe_memory(
             stop=prompts.stop,
             temperature=temperature,
             seed=seed,
-            progress=_after(1, samples, progress),
+            progress=lambda done, _: tell("memory", len(asked) + done, total),
         )
         if samples
         else []
@@ -93,19 +96,6 @@ def probe_memory(
         state=handle.state,
         known=sum(row["prior_known"] for row in rows),
     )
-
-
-def _after(asked: int, samples: int, progress: Report | None) -> Callable[[int, int], None] | None:
-    """Counts passes after ``asked`` answers a question of ``samples`` and one."""
-    if progress is None:
-        return None
-    told = progress
-
-    def advance(done: int, total: int) -> None:
-        every = total // (samples if asked else 1)
-        told("memory", asked * every + done, every * (1 + samples))
-
-    return advance
 
 
 def fitting_contexts(handle: ModelHandle, data: Dataset, *, room: int = 32) -> Stage:

@@ -59,7 +59,11 @@ class NotesBench:
 
 
 def notes_data(
-    handle: ModelHandle, bench: NotesBench, asked: Sequence[Asked], seed: int
+    handle: ModelHandle,
+    bench: NotesBench,
+    asked: Sequence[Asked],
+    seed: int,
+    progress: Report | None = None,
 ) -> dict[str, TrainingData]:
     """What ``answers`` and ``notes`` are trained on: the same contexts, none about a name that is asked.
 
@@ -68,12 +72,13 @@ def notes_data(
         bench: Settings.
         asked: What is asked afterwards.
         seed: Of every draw.
+        progress: Told what memory is asked for.
     """
     items = question_items(bench.train_data, split="dev", limit=bench.train_limit, seed=seed)
     text = " ".join(one.question for one in asked)
     free = [row for row in records(items.data) if not row["title"] or row["title"] not in text]
     items = finish("free", len(items.data), free)
-    stages = prepare(handle, items, samples=bench.samples, seed=seed, **_CONTEXTS)  # fmt: skip
+    stages = prepare(handle, items, samples=bench.samples, seed=seed, progress=progress, **_CONTEXTS)  # fmt: skip
     stages["reading"] = read_contexts(handle, stages["contexts"].data, skip=("all",))
     made = {}
     for arm, share in (("answers", 0.0), ("notes", 0.5)):
@@ -96,7 +101,7 @@ def train_arms(
         handle: The model.
         bench, asked, seed: See ``notes_data``.
         training: Settings that replace the preset's; see ``train_config``.
-        progress: Told about every update.
+        progress: Told what memory is asked for, and about every update.
 
     Returns:
         Adapter, and rows, tokens and epochs, by arm.
@@ -105,7 +110,7 @@ def train_arms(
     from rag.preference.train import train_preference
 
     config = train_config(handle, "notes", **training)
-    data = notes_data(handle, bench, asked, seed)
+    data = notes_data(handle, bench, asked, seed, progress)
     once = {
         arm: trained_tokens(handle.tokenizer, records(each.sft), ("completion",))
         for arm, each in data.items()

@@ -106,7 +106,7 @@ def question_items(
         world,
         facts,
         seed=seed,
-        strangers=_STRANGERS.get(method, _FEW_STRANGERS),
+        strangers=recipe_settings(method)["strangers"],
         limit=limit,
         wording=wording,
         asked=split in ("test", "held"),
@@ -179,7 +179,7 @@ def training_data(
         hard=config.hard,
         most_hard=config.most_hard,
         samples=config.samples,
-        shares=_HALVES if method in _TAUGHT_FIRST else None,
+        shares=recipe_settings(method)["shares"],
         seed=seed,
         progress=progress,
     )

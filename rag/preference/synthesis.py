@@ -129,7 +129,7 @@ def trust_pairs(handle: ModelHandle, data: Dataset) -> Stage:
     return finish("trust", len(rows), made)
 
 
-def hierarchy_pairs(handle: ModelHandle, data: Dataset, *, beside: int = 1, seed: int = 0) -> Stage:
+def hierarchy_pairs(handle: ModelHandle, data: Dataset, *, beside: int = 1) -> Stage:
     """Instruction over context over memory (arXiv:2407.13048): the highest source that determines the answer gives it.
 
     The user's assumption is the instruction. The rejected answer is that of the next lower source that speaks, or where none
@@ -139,7 +139,6 @@ def hierarchy_pairs(handle: ModelHandle, data: Dataset, *, beside: int = 1, seed
         handle: Gives the prompts.
         data: Contexts with memory; those that contradict are used.
         beside: How many documents and assumptions on something else each question is asked beside, one at a time.
-        seed: Draws what the user assumes, for every question anew: one value for all of a type would be learnt by itself.
 
     Adds:
         ``cell``: which of I, C and P speak, lower case where a source speaks of something else.
@@ -155,10 +154,11 @@ def hierarchy_pairs(handle: ModelHandle, data: Dataset, *, beside: int = 1, seed
     for place, row in enumerate(conflicts):
         others = [conflicts[(place + step) % len(conflicts)] for step in range(1, beside + 1)]
         known, told = row["prior_known"], row["counterfactual"]
-        # The third value: the user's own, of the same relation, none of the other two.
+        # The third value: the user's own, of the same relation, none of the other two. Drawn, as one for all of a type would be
+        # learnt by itself.
         barred = [told, *row["answers"], *row["memory"], row["prior"]]
         free = [value for value in values[row["answer_type"]] if not same_as_any(value, barred)]
-        third = draw_for(seed, "third", row["id"]).choice(free) if free else None
+        third = draw_for(0, "third", row["id"]).choice(free) if free else None
         if third is None or others[0]["title"] == row["title"]:
             continue
         mine, claim = row["counterfactual_passage"], f"{row['cloze']} {third}"
@@ -181,7 +181,7 @@ def hierarchy_pairs(handle: ModelHandle, data: Dataset, *, beside: int = 1, seed
             if not same(chosen, rejected):
                 prompt = assumed(prompts, row["question"], documents, assumption)
                 made.append(_pair(prompts, row, prompt, chosen, rejected, cell=cell))
-    return finish("hierarchy", len(rows), made, beside=beside, seed=seed)
+    return finish("hierarchy", len(rows), made, beside=beside)
 
 
 def assumed(prompts: Prompts, question: str, documents: Sequence[str], assumption: str | None) -> str:
